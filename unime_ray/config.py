@@ -1,0 +1,362 @@
+"""The configuration of a run: one YAML file, frozen pydantic models, unknown keys refused by name.
+
+    run: runs/mine               a local folder or s3://bucket/prefix
+    corpus / embed / retrieve / judges / select / embedders / rerankers / evaluate
+
+`judges`, `embedders` and `rerankers` are named, since one run may compare several; most runs have one of each.
+A preset is a config that ships in the package (`demo`); `--set a.b=v` overrides any value.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unime_ray.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Columns(Section):
+    """Which column of a source holds what. None: the source has no such column (missing defaults are fine).
+
+    A pairs source has a query and a positive side; a pool source has only the item side.
+    """
+
+    query_text: str | None = "query_text"
+    query_image: str | None = "query_image"
+    query_instruction: str | None = "query_instruction"
+    pos_text: str | None = "pos_text"
+    pos_image: str | None = "pos_image"
+    pos_instruction: str | None = "pos_instruction"
+    text: str | None = "text"
+    image: str | None = "image"
+    instruction: str | None = "instruction"
+    id: str | None = "id"
+    dataset: str | None = "dataset"
+    split: str | None = "split"
+    relevance: str | None = "relevance"
+
+
+class Source(Section):
+    """One file, folder or glob of the corpus."""
+
+    format: Literal["parquet", "jsonl", "csv", "unime_json"]
+    path: str
+    role: Literal["pairs", "pool"] = "pairs"
+    """`pairs` rows hold a query with its positive; `pool` rows hold one item that may be retrieved."""
+    image_root: str | None = None
+    """Folder that relative picture paths start from (default: the folder of the file)."""
+    dataset: str | None = None
+    """Name of the dataset for rows that name none themselves (default: the file's stem)."""
+    split: str = "train"
+    """`train` rows are mined and trained on; every other split is only evaluated."""
+    meta_task: str | None = None
+    query_instruction: str | None = None
+    """Put before the query's text when the row has no instruction of its own."""
+    pos_instruction: str | None = None
+    columns: Columns = Columns()
+
+
+class ImagePolicy(Section):
+    """What pictures may come in and how a model gets them. Sizes in pixels."""
+
+    max_source_pixels: Count = 64_000_000
+    """Decompression-bomb limit: a larger picture is rejected before it is decoded."""
+    max_source_bytes: Count = 50_000_000
+    min_side: Count = 2
+    store_max_pixels: int | None = None
+    """Re-encode larger pictures to this many pixels at ingest (None: keep the bytes as they came)."""
+
+
+class CorpusConfig(Section):
+    sources: tuple[Source, ...] = ()
+    image: ImagePolicy = ImagePolicy()
+    max_error_rate: Fraction = 0.05
+    max_text_chars: Count = 20_000
+    rows_per_task: Count = 512
+
+
+class Resources(Section):
+    """What one actor of a stage takes, and how many there may be."""
+
+    num_actors: Count = 1
+    max_actors: int | None = None
+    """With a value, Ray scales between `num_actors` and this many."""
+    num_cpus: Positive = 1.0
+    num_gpus: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class PixelBudget(Section):
+    """Pixels a model gets per picture after resizing; None keeps the checkpoint's own setting."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+class EmbedConfig(Section):
+    """The embedder that mines (and the base that `embedders` adapt unless they name another)."""
+
+    model: str = "tiny"
+    revision: str | None = None
+    engine: Literal["transformers"] = "transformers"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch_tokens: Count = 8192
+    """Upper bound of padded tokens in one forward pass."""
+    rows_per_batch: Count = 512
+    pixels: PixelBudget = PixelBudget()
+    half: bool = False
+    """Store vectors as float16."""
+    resources: Resources = Resources()
+
+
+class RetrieveConfig(Section):
+    top_k: Count = 50
+    queries_per_batch: Count = 1024
+    num_cpus: Positive = 1.0
+
+
+class JudgeConfig(Section):
+    """A judge: a vision-language model, or an oracle that reads a truth table (for measuring)."""
+
+    engine: Literal["transformers", "oracle"] = "transformers"
+    model: str = "tiny"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    prompt_order: Literal["query_first", "candidate_first"] = "query_first"
+    repetition_penalty: Annotated[float, Field(ge=1.0)] = 1.0
+    """1.05 divides the logits of both answers as the published scores had it; 1.0 leaves them alone."""
+    share_prefix: bool = True
+    batch_tokens: Count = 16384
+    queries_per_batch: Count = 32
+    pixels: PixelBudget = PixelBudget()
+    truth: str | None = None
+    """Oracle: folder with `truth.parquet` and `truth_items.parquet`."""
+    noise_auc: Annotated[float, Field(gt=0.5, le=1.0)] = 1.0
+    """Oracle: noise its scores until its AUC is this (1.0: no noise)."""
+    max_error_rate: Fraction = 0.05
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _oracle_has_truth(self) -> JudgeConfig:
+        if self.engine == "oracle" and not self.truth:
+            raise ValueError("engine `oracle` needs `truth`: the folder with truth.parquet and truth_items.parquet")
+        return self
+
+
+class SelectConfig(Section):
+    """Which judged candidates become hard negatives (PAPER: UniME-V2 section on hard negative sampling)."""
+
+    delta: Literal["none", "positive"] | float = "none"
+    """Similarity threshold: candidates at or above it are dropped. `positive` is sim(q, c+)."""
+    beta: float = 0.01
+    """False-negative margin: candidates with score > sigma(q, c+) - beta are dropped."""
+    num_negatives: Count = 10
+    cycle: Count = 5
+    fallback: Literal["skip", "published"] = "skip"
+    """No candidate left: `skip` leaves the query out; `published` takes random candidates with score 1.0."""
+    seed: int = 0
+
+
+class LoraConfig(Section):
+    """Low-rank adaptation; `rank: 0` trains all weights."""
+
+    rank: Annotated[int, Field(ge=0)] = 16
+    alpha: Positive = 64.0
+    dropout: Fraction = 0.0
+    dora: bool = False
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+    train_vision: bool = False
+    """Adapt the vision tower's linear layers too."""
+
+
+class TrainConfig(Section):
+    """What embedder and reranker training share."""
+
+    judge: str | None = None
+    """Which of `judges` made the hard negatives (default: the only one)."""
+    model: str | None = None
+    """Base checkpoint (default: `embed.model` for embedders; required for rerankers unless there is a judge model)."""
+    revision: str | None = None
+    lora: LoraConfig = LoraConfig()
+    steps: Count = 2000
+    batch_queries: Count = 512
+    """Queries per optimizer step over all workers."""
+    micro_batch_queries: Count = 8
+    """Queries per forward pass of one worker; accumulated up to `batch_queries`."""
+    learning_rate: Positive = 1e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Positive = 1.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    pixels: PixelBudget = PixelBudget()
+    num_workers: Count = 1
+    cpus_per_worker: Positive = 1.0
+    use_gpu: bool = False
+    checkpoint_every: Count = 100
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    log_every: Count = 10
+    seed: int = 0
+
+
+class EmbedderConfig(TrainConfig):
+    loss: Literal["judge_kl", "infonce", "hybrid"] = "judge_kl"
+    """UniME-V2's symmetrised KL, VLM2Vec's in-batch InfoNCE, or KL + `infonce_weight` x InfoNCE."""
+    num_negatives: Annotated[int, Field(ge=0)] = 8
+    temperature: Positive = 0.02
+    judge_temperature: Positive = 0.02
+    infonce_weight: Annotated[float, Field(ge=0.0)] = 1.0
+
+
+class RerankerConfig(TrainConfig):
+    learning_rate: Positive = 2e-5
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    max_list_length: Annotated[int, Field(ge=2, le=10)] = 10
+    """Candidates shown in a listwise prompt; sampled uniformly from 2 to this many during training."""
+    gold_position: Literal["uniform", "published"] = "uniform"
+    pairwise_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    listwise_weight: Annotated[float, Field(ge=0.0)] = 1.0
+
+
+class EvaluateConfig(Section):
+    splits: tuple[str, ...] = ("test",)
+    ks: tuple[int, ...] = (1, 5, 10)
+    rerank_top_k: Count = 10
+    max_queries: int | None = None
+    """Evaluate a fixed sample of this many queries per dataset (None: all)."""
+    bootstrap_samples: Annotated[int, Field(ge=0)] = 1000
+    batch_tokens: Count = 8192
+    reranker: Literal["listwise", "pointwise"] = "listwise"
+    truth: str | None = None
+    """Folder with a truth table: the judge is then measured against it in the report."""
+    seed: int = 0
+
+
+class RunConfig(Section):
+    run: str = "runs/unnamed"
+    corpus: CorpusConfig = CorpusConfig()
+    embed: EmbedConfig = EmbedConfig()
+    retrieve: RetrieveConfig = RetrieveConfig()
+    judges: dict[str, JudgeConfig] = {"judge": JudgeConfig()}
+    select: SelectConfig = SelectConfig()
+    embedders: dict[str, EmbedderConfig] = {}
+    rerankers: dict[str, RerankerConfig] = {}
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _judges_exist(self) -> RunConfig:
+        for kind, trained in (("embedders", self.embedders), ("rerankers", self.rerankers)):
+            for name, section in trained.items():
+                if section.judge is not None and section.judge not in self.judges:
+                    raise ValueError(
+                        f"{kind}.{name}.judge: no judge {section.judge!r}{nearest(section.judge, self.judges)}"
+                    )
+        return self
+
+    def judge_of(self, section: TrainConfig) -> str:
+        """Name of the judge whose negatives `section` trains on."""
+        return section.judge if section.judge is not None else next(iter(self.judges))
+
+
+def nearest(name: str, valid: Any) -> str:
+    """`; did you mean 'x'?` for the valid name nearest to `name`, else the list of valid ones."""
+    names = [str(item) for item in valid]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(names)}"
+
+
+def preset_names() -> list[str]:
+    """Names of the configs that ship in the package."""
+    folder = resources.files("unime_ray") / "presets"
+    return sorted(item.name[:-5] for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_config(source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a config by preset name or file path and apply `key.path=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: no such preset or file, invalid YAML, an unknown key (the nearest valid one is named), a value
+            of the wrong type, or an override that is no `key=value`.
+    """
+    data = _read(source)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+
+
+def _read(source: str) -> dict[str, Any]:
+    if source in preset_names():
+        text = (resources.files("unime_ray") / "presets" / f"{source}.yaml").read_text()
+    else:
+        path = Path(source)
+        if not path.is_file():
+            hint = nearest(source, preset_names())
+            raise ConfigError(f"no config file and no preset named {source!r}{hint}")
+        text = path.read_text()
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: a config is a mapping of sections, not {type(data).__name__}")
+    return data
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: write it as key.path=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+    data[last] = yaml.safe_load(value)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a failed validation in one line."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(problem["loc"][:-1])
+        return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), section.model_fields)}"
+    return f"{where}: {problem['msg']}" if where else problem["msg"].removeprefix("Value error, ")
+
+
+def _section_at(path: tuple[int | str, ...]) -> type[Section]:
+    """The section class that a validation error's path leads to."""
+    section: type[Section] = RunConfig
+    for part in path:
+        field = section.model_fields.get(str(part))
+        if field is not None:
+            section = _section_of(field.annotation) or section
+    return section
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None
