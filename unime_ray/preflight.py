@@ -1,0 +1,101 @@
+"""What can be known to be wrong before any work starts, and the demo corpus laid out as a user's own would be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from unime_ray.artifacts import Run, filesystem
+from unime_ray.config import RunConfig
+from unime_ray.errors import ConfigError, CorpusError
+
+DEMO_SCHEME = "demo://"
+DEMO_QUERIES = 1500
+
+
+def resolve_demo(config: RunConfig) -> RunConfig:
+    """Replace `demo://file` paths by files of the bundled corpus, unpacked beside the run as plain JSONL and pictures.
+
+    A run on S3 unpacks into `./demo_corpus`, which every node must then share.
+    """
+    data = config.model_dump()
+    if not _mentions_demo(data):
+        return config
+    from unime_ray.corpus.demo import materialize_demo
+
+    home = Path("demo_corpus").resolve() if "://" in config.run else Path(Run(config.run).child("corpus"))
+    folder = materialize_demo(home, num_queries=DEMO_QUERIES)
+    return RunConfig.model_validate(_replace_demo(data, str(folder)))
+
+
+def _mentions_demo(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_mentions_demo(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_mentions_demo(item) for item in value)
+    return isinstance(value, str) and value.startswith(DEMO_SCHEME)
+
+
+def _replace_demo(value: Any, folder: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _replace_demo(item, folder) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_replace_demo(item, folder) for item in value]
+    if isinstance(value, str) and value.startswith(DEMO_SCHEME):
+        return f"{folder}/{value.removeprefix(DEMO_SCHEME)}".rstrip("/")
+    return value
+
+
+def check_run(run: Run, config: RunConfig) -> None:
+    """Fail in one clear line, before a GPU is asked for, if the run cannot succeed.
+
+    Raises:
+        ArtifactError: the run folder cannot be written.
+        ConfigError, CorpusError: no sources, a source that is not there, or no training pairs.
+        ModelError: a checkpoint is missing, unsupported, or lacks what its role needs.
+    """
+    run.check_writable()
+    check_sources(config)
+    check_truth(config)
+    check_models(config)
+
+
+def check_sources(config: RunConfig) -> None:
+    """Raise unless every source is there and at least one holds training pairs."""
+    if not config.corpus.sources:
+        raise ConfigError("corpus.sources is empty; name at least one file (`unime-ray init corpus.yaml` shows how)")
+    for index, source in enumerate(config.corpus.sources):
+        if "*" in source.path:
+            continue
+        fs, path = filesystem(source.path)
+        if fs.get_file_info(path).type.name == "NotFound":
+            raise CorpusError(f"corpus.sources[{index}].path: no such file or folder: {source.path}")
+    if not any(source.role == "pairs" for source in config.corpus.sources):
+        raise ConfigError("corpus.sources: no source has role `pairs`; mining needs queries with their positives")
+
+
+def check_truth(config: RunConfig) -> None:
+    """Raise unless every truth table that the config names is there."""
+    named = {f"judges.{name}.truth": judge.truth for name, judge in config.judges.items()}
+    named["evaluate.truth"] = config.evaluate.truth
+    for key, folder in named.items():
+        if folder is not None and not (Path(folder) / "truth.parquet").is_file():
+            raise ConfigError(f"{key}: {folder} holds no truth.parquet")
+
+
+def check_models(config: RunConfig) -> None:
+    """Raise ModelError unless every checkpoint can be loaded in its role; reads configs and tokenizers only."""
+    from unime_ray.models.backbone import check_model
+
+    roles: dict[tuple[str, str | None], bool] = {(config.embed.model, config.embed.revision): False}
+    for judge in config.judges.values():
+        if judge.engine != "oracle":
+            roles[(judge.model, judge.revision)] = True
+    for embedder in config.embedders.values():
+        if embedder.model is not None:
+            roles.setdefault((embedder.model, embedder.revision), False)
+    for reranker in config.rerankers.values():
+        if reranker.model is not None:
+            roles[(reranker.model, reranker.revision)] = True
+    for (model, revision), answers in roles.items():
+        check_model(model, revision=revision, needs_answers=answers)
