@@ -1,0 +1,1 @@
+"""The stages on Ray Data: ingest, embed, retrieve, judge, select."""
