@@ -124,7 +124,9 @@ class Artifact:
         """
         found = self.manifest()
         if found is None:
-            raise ArtifactError(f"{self.uri}: artifact {self.key!r} is missing or unfinished; run the stage that makes it")
+            raise ArtifactError(
+                f"{self.uri}: artifact {self.key!r} is missing or unfinished; run the stage that makes it"
+            )
         return found
 
     def begin(self, fingerprint: str) -> None:
@@ -177,7 +179,9 @@ class Run:
             write_text(probe, "ok")
             remove(probe)
         except OSError as error:
-            raise ArtifactError(f"run folder {self.root!r} cannot be written: {error}; choose another `run:`") from error
+            raise ArtifactError(
+                f"run folder {self.root!r} cannot be written: {error}; choose another `run:`"
+            ) from error
 
     def artifacts(self) -> list[Artifact]:
         """Every artifact of the run that has a manifest, by key."""
@@ -188,7 +192,7 @@ class Run:
         found = []
         for info in infos:
             if info.base_name == MANIFEST:
-                parts = info.path[len(path):].strip("/").split("/")[:-1]
+                parts = info.path[len(path) :].strip("/").split("/")[:-1]
                 if 1 <= len(parts) <= 2:
                     found.append(Artifact(self.root, parts[0], parts[1] if len(parts) == 2 else None))
         return sorted(found, key=lambda artifact: artifact.key)
@@ -196,7 +200,9 @@ class Run:
 
 def fingerprint(stage: str, code_version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """24 hex digits that change with the stage's config, its code version or any input's fingerprint."""
-    text = json.dumps([stage, code_version, SCHEMA_VERSION, config, sorted(inputs.items())], sort_keys=True, default=str)
+    text = json.dumps(
+        [stage, code_version, SCHEMA_VERSION, config, sorted(inputs.items())], sort_keys=True, default=str
+    )
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 

@@ -37,21 +37,24 @@ def main(arguments: list[str] | None = None) -> None:
     for noisy in ("httpx", "ray", "datasets", "urllib3", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        app(args=arguments, standalone_mode=False)
+        app(args=arguments)
     except UnimeError as error:
         _fail(str(error))
-    except typer.Exit as done:
-        raise SystemExit(done.exit_code) from None
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where this one stopped", 130)
-    except Exception as error:  # noqa: BLE001 - only to look inside; anything not ours is raised again
+    except _ray_errors() as error:
         cause = _purposeful_cause(error)
         if cause is None:
-            usage = getattr(error, "format_message", None)
-            if usage is None:
-                raise
-            cause = ConfigError(usage())
+            raise
         _fail(str(cause))
+
+
+def _ray_errors() -> tuple[type[BaseException], ...]:
+    """What Ray raises around an error of a worker; empty while ray has not been imported."""
+    if "ray" not in sys.modules:
+        return ()
+    import ray.exceptions
+    import ray.train
+
+    return ray.exceptions.RayError, ray.train.TrainingFailedError
 
 
 def _purposeful_cause(error: BaseException | None) -> UnimeError | None:
@@ -99,12 +102,15 @@ def _execute(config: str, overrides: list[str], stage: str | None, name: str | N
         known = [step.name for step in recipe(run, loaded) if step.stage == stage and step.name]
         raise ConfigError(f"--name: the config has no {stage} named {name!r}{nearest(str(name), known)}")
     started = time.monotonic()
-    with connected():
-        for number, step in enumerate(steps, 1):
-            console.print(f"[bold]\\[{number}/{len(steps)}] {step.title}[/bold]")
-            clock = time.monotonic()
-            manifest = step.run()
-            console.print(_summary(manifest, time.monotonic() - clock))
+    try:
+        with connected():
+            for number, step in enumerate(steps, 1):
+                console.print(f"[bold]\\[{number}/{len(steps)}] {step.title}[/bold]")
+                clock = time.monotonic()
+                manifest = step.run()
+                console.print(_summary(manifest, time.monotonic() - clock))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where this one stopped", 130)
     if stage is None or stage in ("evaluate", "report"):
         _show_results(run)
     console.print(f"run folder: {run.root}   ({time.monotonic() - started:.0f} s)")

@@ -1,6 +1,6 @@
 """The whole recipe, readable top to bottom. Every step is skipped when its artifact is already there.
 
-    corpus -> ingest -> embed -> retrieve -> judge -> select -> train embedders and rerankers -> evaluate -> report
+corpus -> ingest -> embed -> retrieve -> judge -> select -> train embedders and rerankers -> evaluate -> report
 """
 
 from __future__ import annotations

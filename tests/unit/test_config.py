@@ -1,0 +1,70 @@
+"""Configs: presets load, unknown keys are refused by the nearest valid name, overrides apply."""
+
+from __future__ import annotations
+
+import pytest
+
+from unime_ray.config import RunConfig, load_config, nearest, preset_names
+from unime_ray.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads_and_round_trips(name):
+    config = load_config(name)
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: r\nembd: {}", "did you mean 'embed'"),
+        ("judges: {a: {promt_order: query_first}}", "did you mean 'prompt_order'"),
+        ("embedders: {a: {lora: {rnk: 3}}}", "did you mean 'rank'"),
+        ("corpus: {sources: [{format: jsonl, path: x, image_rot: y}]}", "did you mean 'image_root'"),
+        ("corpus: {sources: [{format: tar, path: x}]}", "corpus.sources.0.format"),
+        ("embed: {batch_tokens: many}", "embed.batch_tokens"),
+        ("judges: {a: {engine: oracle}}", "needs `truth`"),
+        ("judges: {tiny: {}}\nembedders: {e: {judge: tny}}", "did you mean 'tiny'"),
+        ("- a list", "mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_configs_say_where_and_what(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=".*") as error:
+        load_config(str(path))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'demo'"):
+        load_config("dmo")
+
+
+def test_overrides_are_yaml_and_reach_lists_of_names():
+    config = load_config("demo", ("judges.tiny.batch_tokens=77", "run=elsewhere", "evaluate.ks=[1, 3]"))
+    assert config.judges["tiny"].batch_tokens == 77
+    assert config.run == "elsewhere"
+    assert config.evaluate.ks == (1, 3)
+
+
+@pytest.mark.parametrize("override", ["novalue", "=3", "run.deeper=3"])
+def test_bad_overrides(override):
+    with pytest.raises(ConfigError, match="--set"):
+        load_config("demo", (override,))
+
+
+def test_configs_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load_config("demo").embed.model = "other"  # type: ignore[misc]
+
+
+def test_nearest_lists_all_when_nothing_is_near():
+    assert nearest("zzz", ["alpha", "beta"]) == "; valid: alpha, beta"
+
+
+def test_default_judge_is_the_first():
+    config = load_config("demo")
+    assert config.judge_of(config.embedders["infonce"]) == "tiny"
