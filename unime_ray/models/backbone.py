@@ -1,0 +1,285 @@
+"""A checkpoint of the Qwen2-VL family: model, tokenizer and image processor, and what every task needs of them.
+
+The language model is called directly with embedded tokens and explicit M-RoPE positions (segments carry them), so
+neither `get_rope_index` nor `rope_deltas` is involved and picture features can come from a cache.
+
+Shapes: B rows, T tokens of the longest, D hidden width, M image tokens of a picture, X = 1 + deepstack layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from unime_ray.config import PixelBudget
+from unime_ray.errors import ModelError, RejectedRow
+from unime_ray.models import attention, vision
+from unime_ray.models.cache import ByteCache
+from unime_ray.models.names import resolve_model
+from unime_ray.models.pixels import CHECKPOINT_BUDGET, Picture, PixelPipeline
+from unime_ray.models.tokens import Item, PromptTokenizer, Segment
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FEATURE_CACHE_BYTES = 512 << 20
+VISION_BATCH_PATCHES = 4096
+"""Patches that go through the vision tower at once; a larger single picture still goes alone."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded to one length. Also what plain transformers takes: `model(**batch.model_inputs(backbone))`."""
+
+    input_ids: Tensor
+    """(B, T) int64"""
+    attention_mask: Tensor
+    """(B, T) int64: 1 where a token is"""
+    position_ids: Tensor
+    """(3, B, T) int64: M-RoPE positions (time, row, column)"""
+    last: Tensor
+    """(B,) int64: index of each row's last token"""
+    pictures: tuple[Picture, ...] = field(default=())
+    """In order of their tokens, row after row."""
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        names = ("input_ids", "attention_mask", "position_ids", "last")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+    def model_inputs(self, backbone: Backbone) -> dict[str, Tensor]:
+        """Keyword arguments of transformers' own forward: pixel values, grids and token types included."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        inputs["mm_token_type_ids"] = (self.input_ids == backbone.tokens.image_token_id).int()
+        if self.pictures:
+            inputs["pixel_values"] = backbone.pixels.normalise(self.pictures, self.input_ids.device)
+            inputs["image_grid_thw"] = torch.tensor([[1, *picture.grid] for picture in self.pictures])
+        return inputs
+
+
+class Backbone:
+    """One loaded checkpoint. `model` is transformers' own class; adapters may be put into it in place."""
+
+    def __init__(self, model: Any, tokens: PromptTokenizer, pixels: PixelPipeline, path: str) -> None:
+        self.model, self.tokens, self.pixels, self.path = model, tokens, pixels, path
+        self.family: str = model.config.model_type
+        self.max_tokens: int = model.config.get_text_config().max_position_embeddings
+        self.pad_id: int = tokens.tokenizer.pad_token_id or 0
+        self._tables = vision.GridTables(model.model.visual)
+        self._features: ByteCache[bytes, Tensor] = ByteCache(FEATURE_CACHE_BYTES)
+        vision.speed_up(model.model.visual)
+        model.model.language_model.config._attn_implementation = attention.NAME
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str | torch.device | None = None,
+        pixels: PixelBudget = CHECKPOINT_BUDGET,
+    ) -> Backbone:
+        """Load `model` (`tiny`, a folder or a hub id) for inference; device: CUDA if there is one, else the CPU.
+
+        Raises:
+            ModelError: no such model, an architecture outside FAMILIES, no image processor of the family, a
+                tokenizer without the image token.
+        """
+        path = resolve_model(model)
+        try:
+            config = AutoConfig.from_pretrained(path, revision=revision)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model {model}: cannot read its config ({_line(error)})") from error
+        if config.model_type not in FAMILIES:
+            names = ", ".join(config.architectures or [config.model_type])
+            raise ModelError(f"model {model}: architecture {names} is not supported; supported: {', '.join(FAMILIES)}")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, padding_side="left")
+            # The PIL backend: the default one needs torchvision.
+            processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+            loaded = AutoModelForImageTextToText.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model {model}: cannot be loaded ({_line(error)})") from error
+        vision_ids = (config.vision_start_token_id, config.vision_end_token_id)
+        merge = config.vision_config.spatial_merge_size
+        tokens = PromptTokenizer(tokenizer, config.image_token_id, vision_ids, merge, model)
+        where = torch.device(device) if device is not None else default_device()
+        return cls(loaded.eval().to(where), tokens, PixelPipeline(processor, pixels), path)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.lm_head.weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def yes_id(self) -> int:
+        return self.tokens.answer_ids()[0]
+
+    @property
+    def no_id(self) -> int:
+        return self.tokens.answer_ids()[1]
+
+    def encode_text(self, rendered: str) -> list[int]:
+        """Token ids of a text without a picture."""
+        return self.tokens.encode_text(rendered)
+
+    def chat_wrap(self) -> tuple[str, str]:
+        """What the chat template puts around a user's turn, up to where the answer starts."""
+        return self.tokens.chat_wrap()
+
+    def num_image_tokens(self, grid: tuple[int, int]) -> int:
+        return self.pixels.num_tokens(grid)
+
+    def pictures(self, items: Sequence[Item]) -> list[Picture | RejectedRow | None]:
+        """Each item's picture; None if it has none, the reason if it cannot be used. Decoded in a thread pool."""
+        with_image = [index for index, item in enumerate(items) if item.image is not None]
+        sources = [(items[index].image or b"", items[index].image_id) for index in with_image]
+        found: list[Picture | RejectedRow | None] = [None] * len(items)
+        for index, picture in zip(with_image, self.pixels.pictures(sources), strict=True):
+            found[index] = picture
+        return found
+
+    def segments(self, items: Sequence[Item]) -> list[Segment | RejectedRow]:
+        """The exact input of each item, without chat template; an item that cannot be used is its reason instead."""
+        return [self._segment(item, picture) for item, picture in zip(items, self.pictures(items), strict=True)]
+
+    def prepare(self, items: Sequence[Item], padding_side: str = "left") -> Batch:
+        """A batch of items.
+
+        Raises:
+            RejectedRow: an item's picture does not decode, or its text has no place for it.
+        """
+        segments = self.segments(items)
+        for segment in segments:
+            if isinstance(segment, RejectedRow):
+                raise segment
+        return self.collate([segment for segment in segments if isinstance(segment, Segment)], padding_side)
+
+    def collate(self, segments: Sequence[Segment], padding_side: str = "left") -> Batch:
+        """Rows padded to the longest, on the model's device. Padding takes part in nothing, whichever side it is on."""
+        lengths = np.array([len(segment) for segment in segments])
+        width = int(lengths.max())
+        starts = width - lengths if padding_side == "left" else np.zeros_like(lengths)
+        ids = np.full((len(segments), width), self.pad_id, dtype=np.int64)
+        positions = np.zeros((3, len(segments), width), dtype=np.int64)
+        mask = np.zeros((len(segments), width), dtype=np.int64)
+        for row, (segment, start) in enumerate(zip(segments, starts, strict=True)):
+            span = slice(start, start + len(segment))
+            ids[row, span], positions[:, row, span], mask[row, span] = segment.ids, segment.positions, 1
+        pictures = tuple(picture for segment in segments for picture in segment.pictures)
+        tensors = [torch.from_numpy(array) for array in (ids, mask, positions, starts + lengths - 1)]
+        return Batch(tensors[0], tensors[1], tensors[2], tensors[3], pictures).to(self.device)
+
+    def features(self, pictures: Sequence[Picture]) -> Tensor:
+        """What the vision tower makes of pictures: (X, sum of M, D); deepstack features (Qwen3-VL) follow the first.
+
+        Computed once per content and kept, unless the tower is being trained.
+        """
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.model.visual.parameters()):
+            return torch.cat(self._encode(pictures), dim=1)
+        found = {picture.key: self._features.get(picture.key) for picture in pictures}
+        missing = list({p.key: p for p in pictures if found[p.key] is None}.values())
+        with torch.no_grad():
+            for picture, encoded in zip(missing, self._encode(missing), strict=True):
+                found[picture.key] = encoded
+                self._features.put(picture.key, encoded, encoded.nbytes)
+        return torch.cat([features for p in pictures if (features := found[p.key]) is not None], dim=1)
+
+    def forget_features(self) -> None:
+        """Drop cached picture features: call it when the vision tower's weights have changed."""
+        self._features.clear()
+
+    def run_language_model(self, batch: Batch, **kwargs: Any) -> Tensor:
+        """Last hidden states (B, T, D), after the final norm. `kwargs` go to the language model's forward."""
+        core = self.model.model
+        embedded = core.language_model.embed_tokens(batch.input_ids)
+        if batch.pictures:
+            features = self.features(batch.pictures).to(embedded.dtype)
+            where = batch.input_ids == self.tokens.image_token_id
+            embedded = embedded.masked_scatter(where.unsqueeze(-1), features[0])
+            if features.shape[0] > 1:
+                kwargs |= {"visual_pos_masks": where, "deepstack_visual_embeds": list(features[1:])}
+        kwargs.setdefault("attention_mask", batch.attention_mask)
+        output = core.language_model(inputs_embeds=embedded, position_ids=batch.position_ids, use_cache=False, **kwargs)
+        return output.last_hidden_state
+
+    def forward_hidden(self, batch: Batch) -> Tensor:
+        """The last token's last hidden state of each row: (B, D), with gradients if they are enabled."""
+        hidden = self.run_language_model(batch)
+        return hidden[torch.arange(len(batch), device=hidden.device), batch.last]
+
+    def answer_logits(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:
+        """Logits of a few tokens: hidden (..., D) -> (..., len(token_ids)) float32.
+
+        Projected in float32 whatever the model's dtype: bfloat16 logits come in steps of 1/8.
+        """
+        rows = self.model.lm_head.weight[list(token_ids)].float()
+        return hidden.float() @ rows.T
+
+    def _segment(self, item: Item, picture: Picture | RejectedRow | None) -> Segment | RejectedRow:
+        if isinstance(picture, RejectedRow):
+            return picture
+        try:
+            segment = self.tokens.rendered(item.rendered, [] if picture is None else [picture])
+        except RejectedRow as reason:
+            return reason
+        if not len(segment):
+            return RejectedRow("item is empty: no text and no picture")
+        if len(segment) > self.max_tokens:
+            return RejectedRow(f"item has {len(segment)} tokens; the model's context is {self.max_tokens}")
+        return segment
+
+    def _encode(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        """Features (X, M, D) of each picture, in forward passes of about VISION_BATCH_PATCHES."""
+        order = sorted(range(len(pictures)), key=lambda index: pictures[index].grid)
+        encoded: list[Tensor] = [torch.empty(0)] * len(pictures)
+        for chunk in _chunks(order, [len(pictures[index].patches) for index in order], VISION_BATCH_PATCHES):
+            parts = self._encode_once([pictures[index] for index in chunk])
+            for index, features in zip(chunk, parts, strict=True):
+                encoded[index] = features
+        return encoded
+
+    def _encode_once(self, pictures: Sequence[Picture]) -> Sequence[Tensor]:
+        visual = self.model.model.visual
+        grids = [picture.grid for picture in pictures]
+        values = self.pixels.normalise(pictures, self.device).to(self.dtype)
+        thw = torch.tensor([[1, *grid] for grid in grids], device=self.device)
+        output = visual(values, grid_thw=thw, **self._tables.of(grids, self.device))
+        layers = torch.stack([output.pooler_output, *(getattr(output, "deepstack_features", None) or [])])
+        return layers.split([self.pixels.num_tokens(grid) for grid in grids], dim=1)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _chunks(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Consecutive parts of `order` whose sizes sum to at most `budget`; at least one each."""
+    parts: list[list[int]] = []
+    room = 0
+    for index, size in zip(order, sizes, strict=True):
+        if not parts or size > room:
+            parts.append([])
+            room = budget
+        parts[-1].append(index)
+        room -= size
+    return parts
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,76 @@
+"""What a model name stands for: `tiny` is the packaged checkpoint, anything else a folder or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from importlib import resources
+from pathlib import Path
+
+from unime_ray.errors import ModelError
+
+TINY = "tiny"
+CHUNK_BYTES = 1 << 20
+HASHED_SUFFIXES = (".json", ".jinja", ".safetensors", ".txt", ".model")
+
+
+def resolve_model(name: str) -> str:
+    """Where the checkpoint `name` is: the packaged folder for `tiny`, an existing folder, or a hub id as given.
+
+    Raises:
+        ModelError: `name` looks like a path and no such folder exists, or the folder holds no `config.json`.
+    """
+    if name == TINY:
+        return _checked(Path(str(resources.files("unime_ray"))) / "data" / TINY)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _checked(path)
+    if _looks_like_path(name):
+        raise ModelError(f"no model folder {name}: give `tiny`, a folder with config.json, or a hub id like owner/name")
+    return name
+
+
+def model_revision(path: str, revision: str | None = None) -> str:
+    """What exactly was run: 32 hex digits of the content hash of a folder's files, or a hub checkpoint's commit.
+
+    `path` is what `resolve_model` gave. Copying a folder or touching its files does not change its revision.
+
+    Raises:
+        ModelError: a hub checkpoint cannot be reached to resolve its commit.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return _folder_hash(folder)
+    from transformers import AutoConfig
+
+    try:
+        commit = getattr(AutoConfig.from_pretrained(path, revision=revision), "_commit_hash", None)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {path}: not a local folder and not found on the hub ({_first_line(error)})") from error
+    return str(commit or revision or "main")
+
+
+def _checked(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model folder {folder} has no config.json: it is no saved checkpoint")
+    return str(folder)
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "~", os.sep)) or name.count("/") != 1 or "\\" in name
+
+
+def _folder_hash(folder: Path) -> str:
+    hasher = hashlib.blake2b(digest_size=16, person=b"unime.model")
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.suffix not in HASHED_SUFFIXES:
+            continue
+        hasher.update(f"{file.name}\x00{file.stat().st_size}\x00".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
