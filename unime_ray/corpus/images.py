@@ -23,6 +23,7 @@ from unime_ray.errors import RejectedRow
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}
 STORE_QUALITY = 95
+DEFAULT_POLICY = ImagePolicy()
 
 # What Pillow's decoders raise on broken bytes. OSError covers truncation and UnidentifiedImageError.
 BROKEN = (
@@ -39,35 +40,30 @@ BROKEN = (
 )
 
 
-def probe(data: bytes, policy: ImagePolicy = ImagePolicy()) -> tuple[int, int]:
+def probe(data: bytes, policy: ImagePolicy = DEFAULT_POLICY) -> tuple[int, int]:
     """(width, height) in pixels after EXIF orientation, from the header alone: no pixel is decoded.
 
     Raises:
         RejectedRow: empty, too many bytes, unknown format, broken header, too many pixels or a side too short.
     """
-    image = _open(data, policy)
-    try:
-        turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap width and height
-    except BROKEN as error:
-        raise RejectedRow(f"picture has broken EXIF data: {_line(error)}") from error
-    return (image.height, image.width) if turned else image.size
+    return _upright_size(_open(data, policy))
 
 
-def check_image(data: bytes, policy: ImagePolicy = ImagePolicy()) -> tuple[int, int]:
+def check_image(data: bytes, policy: ImagePolicy = DEFAULT_POLICY) -> tuple[int, int]:
     """(width, height) of a picture that decodes to its last byte.
 
     Raises:
         RejectedRow: as `probe`, or the pixels are corrupt or truncated.
     """
     image = _open(data, policy)
+    size = _upright_size(image)
     # A JPEG decoded at an eighth of its size still reads the whole stream, so truncation shows at little cost.
-    size = probe(data, policy)
     image.draft(image.mode, (max(image.width // 8, 1), max(image.height // 8, 1)))
     _load(image)
     return size
 
 
-def decode(data: bytes, policy: ImagePolicy = ImagePolicy(), max_pixels: int | None = None) -> Image.Image:
+def decode(data: bytes, policy: ImagePolicy = DEFAULT_POLICY, max_pixels: int | None = None) -> Image.Image:
     """The picture as RGB, upright, on white; with `max_pixels`, shrunk to at most so many.
 
     Raises:
@@ -77,8 +73,8 @@ def decode(data: bytes, policy: ImagePolicy = ImagePolicy(), max_pixels: int | N
     if max_pixels is not None and image.width * image.height > max_pixels:
         scale = math.sqrt(max_pixels / (image.width * image.height))
         image.draft(image.mode, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-    upright = _load(image)
-    rgb = _rgb_on_white(upright)
+    _load(image)
+    rgb = _rgb_on_white(_upright(image))
     return fit(rgb, max_pixels) if max_pixels is not None else rgb
 
 
@@ -91,7 +87,7 @@ def fit(image: Image.Image, max_pixels: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def store_bytes(data: bytes, policy: ImagePolicy = ImagePolicy()) -> bytes:
+def store_bytes(data: bytes, policy: ImagePolicy = DEFAULT_POLICY) -> bytes:
     """What ingest stores of a picture: its bytes as they came, or re-encoded to `policy.store_max_pixels` if larger.
 
     The id is always the hash of the bytes as they came, so it does not change with the policy.
@@ -129,7 +125,8 @@ def _open(data: bytes, policy: ImagePolicy) -> Image.Image:
     pixels = image.width * image.height
     if pixels > policy.max_source_pixels:
         raise RejectedRow(
-            f"picture has {image.width}x{image.height} pixels; corpus.image.max_source_pixels is {policy.max_source_pixels}"
+            f"picture has {image.width}x{image.height} pixels; "
+            f"corpus.image.max_source_pixels is {policy.max_source_pixels}"
         )
     if min(image.size) < policy.min_side:
         raise RejectedRow(
@@ -138,19 +135,35 @@ def _open(data: bytes, policy: ImagePolicy) -> Image.Image:
     return image
 
 
-def _load(image: Image.Image) -> Image.Image:
-    """Decode the pixels and turn them upright."""
+def _load(image: Image.Image) -> None:
+    """Decode the pixels of the first frame."""
     if image.mode in ("I", "F"):
         raise RejectedRow(
-            f"picture has pixels of mode {image.mode!r}, whose range is unknown; convert it to 8 or 16 bits"
+            f"picture has pixels of mode {image.mode!r}, whose range is unknown; save it with 8 or 16 bits"
         )
     try:
         image.load()
-        return ImageOps.exif_transpose(image) or image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RejectedRow(f"picture may be a decompression bomb: {_line(error)}") from error
     except BROKEN as error:
         raise RejectedRow(f"picture is corrupt or truncated: {_line(error)}") from error
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    return (image.height, image.width) if _orientation(image) >= 5 else image.size  # 5 to 8 swap width and height
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8. Pictures with broken EXIF data are taken as they lie."""
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except BROKEN:
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _rgb_on_white(image: Image.Image) -> Image.Image:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
-import lance
 import pyarrow as pa
 
 from unime_ray.errors import ArtifactError
+
+if TYPE_CHECKING:  # Lance starts threads when imported, and complains of every fork after that
+    import lance
 
 # pyarrow's names (in a URI's query) and Lance's for the same settings; credentials come from the environment.
 _OPTIONS = {"endpoint_override": "aws_endpoint", "region": "aws_region"}
@@ -37,6 +40,8 @@ def open_lance(uri: str) -> lance.LanceDataset:
     Raises:
         ArtifactError: there is none, or it cannot be opened.
     """
+    import lance
+
     base, options = lance_location(uri)
     try:
         return lance.dataset(base, storage_options=options)
@@ -46,6 +51,8 @@ def open_lance(uri: str) -> lance.LanceDataset:
 
 def write_fragments(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: str) -> list[lance.FragmentMetadata]:
     """Write one part of a dataset as data files; nothing is visible until `commit_fragments`."""
+    import lance
+
     base, options = lance_location(uri)
     reader = pa.RecordBatchReader.from_batches(schema, batches)
     return lance.fragment.write_fragments(reader, base, schema=schema, mode="create", storage_options=options)
@@ -53,6 +60,8 @@ def write_fragments(batches: Iterable[pa.RecordBatch], schema: pa.Schema, uri: s
 
 def commit_fragments(fragments: Sequence[lance.FragmentMetadata], schema: pa.Schema, uri: str) -> None:
     """Make `fragments`, in their order, the content of the dataset at `uri`."""
+    import lance
+
     base, options = lance_location(uri)
     operation = lance.LanceOperation.Overwrite(schema, list(fragments))
     lance.LanceDataset.commit(base, operation, storage_options=options)

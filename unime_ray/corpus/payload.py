@@ -11,14 +11,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import lance
 import numpy as np
 import pyarrow as pa
 
 from unime_ray.corpus.lance_io import open_lance
 from unime_ray.errors import ArtifactError
 from unime_ray.ids import ID_BYTES, show
+
+if TYPE_CHECKING:
+    import lance
 
 DEFAULT_CACHE_BYTES = 256 * 2**20
 

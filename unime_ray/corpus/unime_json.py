@@ -1,0 +1,219 @@
+"""UniME-V2's published hard-negative JSON (data/ of GaryGuTC/UniME-v2): one list of objects, read and written.
+
+    {"query_text", "query_image" ("" if none), "pos_text", "pos_image", "query_pos_scores": float,
+     "hard_negatives": [[text, image_path], ...], "hard_negatives_scores": [float, ...]}
+
+Their texts fuse instruction and text and hold the marker `<|image_1|>`; `rendered` is exactly that, so what is
+exported and read again keeps its ids. A file may be larger than memory: it is cut at object boundaries.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+
+from unime_ray.artifacts import Run, filesystem, join
+from unime_ray.config import Source
+from unime_ray.corpus.files import folder_of, open_file, stem
+from unime_ray.corpus.images import extension
+from unime_ray.corpus.payload import Item, PayloadStore
+from unime_ray.corpus.records import Record, Reject
+from unime_ray.corpus.rows import record_of, scores_of, sides_of
+from unime_ray.corpus.units import STAGE, Unit
+from unime_ray.errors import CorpusError, RejectedRow
+from unime_ray.ids import show
+
+READ_BYTES = 2**20
+MAX_OBJECT_CHARS = 2**26
+EXPORT_ROWS = 256
+BLANK = " \t\r\n,"
+DECODER = json.JSONDecoder()
+
+
+def cut(file: str, source: Source, rows_per_task: int) -> Iterator[Unit]:
+    """Units of whole objects; `start` and `stop` are byte offsets inside the list."""
+    start, first_row, rows, stop = 0, 1, 0, 0
+    for begin, stop in _spans(file):
+        start = begin if not rows else start
+        rows += 1
+        if rows == rows_per_task:
+            yield Unit(file, start, stop, first_row, rows)
+            first_row, rows = first_row + rows, 0
+    if rows:
+        yield Unit(file, start, stop, first_row, rows)
+
+
+def read(unit: Unit, source: Source) -> Iterator[Record | Reject]:
+    """The rows of a unit."""
+    with open_file(unit.file) as stream:
+        stream.seek(unit.start)
+        text = stream.read(unit.stop - unit.start).decode()
+    at, number = 0, unit.first_row
+    while at < len(text):
+        row, at = DECODER.raw_decode(text, at)
+        try:
+            yield _record(row, number, source, unit.file)
+        except RejectedRow as error:
+            yield Reject(unit.file, number, STAGE, error.reason)
+        at, number = _skip(text, at), number + 1
+
+
+def _record(row: Any, number: int, source: Source, file: str) -> Record:
+    if not isinstance(row, dict):
+        raise RejectedRow(f"the entry is {type(row).__name__}, not an object {{...}}")
+    root = source.image_root or folder_of(file)
+    negatives = sides_of(row.get("hard_negatives") or [], "hard_negatives", source.pos_instruction, root)
+    scores = scores_of(row.get("hard_negatives_scores") or [], "hard_negatives_scores")
+    if scores and len(scores) != len(negatives):
+        raise RejectedRow(f"{len(negatives)} hard_negatives but {len(scores)} hard_negatives_scores")
+    pair = record_of(row, number, source, file)
+    positive_score = row.get("query_pos_scores")
+    return Record(
+        source=file,
+        row=number,
+        role="pairs",
+        dataset=source.dataset or stem(file) if pair.dataset is None else pair.dataset,
+        split=pair.split,
+        meta_task=pair.meta_task,
+        row_id=pair.row_id,
+        query=pair.query,
+        positives=pair.positives,
+        relevances=pair.relevances,
+        negatives=negatives,
+        negative_scores=scores,
+        positive_score=None if positive_score is None else scores_of([positive_score], "query_pos_scores")[0],
+    )
+
+
+def _spans(file: str) -> Iterator[tuple[int, int]]:
+    """(first byte, byte after the last) of every object of the list.
+
+    Raises:
+        CorpusError: the file is no JSON list, is not UTF-8, or ends within it.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with open_file(file) as stream:
+        pending, offset, row, opened = "", 0, 0, False
+        while True:
+            chunk = stream.read(
+                max(READ_BYTES, len(pending))
+            )  # doubling, so that a huge object is not parsed too often
+            pending += _decode(decoder, chunk, file)
+            if not opened and pending.strip():
+                offset, pending = _enter_list(pending, file)
+                opened = True
+            at = _skip(pending, 0)
+            offset += at
+            while at < len(pending) and pending[at] != "]":
+                try:
+                    _, end = DECODER.raw_decode(pending, at)
+                except json.JSONDecodeError as error:
+                    if not chunk or len(pending) - at > MAX_OBJECT_CHARS:
+                        raise CorpusError(f"{file}: row {row + 1} is not valid JSON: {error.msg}") from error
+                    break
+                if end == len(pending) and chunk:
+                    break  # a bare number might go on in the next chunk
+                row += 1
+                size = len(pending[at:end].encode())
+                yield offset, offset + size
+                after = _skip(pending, end)
+                offset, at = offset + size + after - end, after
+            pending = pending[at:]
+            if pending.startswith("]"):
+                return
+            if not chunk:
+                raise CorpusError(
+                    f"{file}: the JSON list ends after row {row} without its closing bracket; is it cut short?"
+                )
+
+
+def _enter_list(text: str, file: str) -> tuple[int, str]:
+    """(byte offset after the opening bracket, the text after it)."""
+    start = _skip(text, 0)
+    if text[start] != "[":
+        raise CorpusError(f"{file}: not a JSON list; for one object a line use `format: jsonl`")
+    return start + 1, text[start + 1 :]
+
+
+def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, file: str) -> str:
+    try:
+        return decoder.decode(chunk, final=not chunk)
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{file}: not valid UTF-8: {error.reason}") from error
+
+
+def _skip(text: str, at: int) -> int:
+    """The next position that holds neither white space nor a comma."""
+    while at < len(text) and text[at] in BLANK:
+        at += 1
+    return at
+
+
+def export_unime_json(run: Run, judge: str, out_dir: Any) -> int:
+    """Write `hard_negatives/<judge>` as `out_dir`/hard_negatives.json with its pictures in `out_dir`/images.
+
+    Returns:
+        The number of rows written.
+
+    Raises:
+        ArtifactError: the run has no hard negatives of that judge.
+    """
+    table = run.artifact("hard_negatives", judge)
+    table.require()
+    store = PayloadStore(run.artifact("images").data_uri, run.artifact("items").data_uri)
+    out = str(out_dir)
+    target_fs, target = filesystem(out)
+    target_fs.create_dir(f"{target}/images", recursive=True)
+    fs, path = filesystem(table.data_uri)
+    written, rows, names = 0, pads.dataset(path, filesystem=fs, format="parquet"), _Pictures(out)
+    with target_fs.open_output_stream(f"{target}/hard_negatives.json") as stream:
+        stream.write(b"[")
+        for batch in rows.to_batches(batch_size=EXPORT_ROWS):
+            for row in _export_rows(batch, store, names):
+                stream.write(b",\n" if written else b"\n")
+                stream.write(json.dumps(row, ensure_ascii=False).encode())
+                written += 1
+        stream.write(b"\n]\n")
+    return written
+
+
+class _Pictures:
+    """Writes each picture once as images/<hash>.<extension> and says under which name."""
+
+    def __init__(self, out: str) -> None:
+        self._out = out
+        self._names: dict[bytes, str] = {}
+
+    def name(self, item: Item) -> str:
+        if item.image_id is None or item.image is None:
+            return ""
+        if item.image_id not in self._names:
+            name = f"images/{show(item.image_id)}.{extension(item.image)}"
+            fs, path = filesystem(join(self._out, name))
+            with fs.open_output_stream(path) as stream:
+                stream.write(item.image)
+            self._names[item.image_id] = name
+        return self._names[item.image_id]
+
+
+def _export_rows(batch: pa.RecordBatch, store: PayloadStore, names: _Pictures) -> Iterator[dict[str, Any]]:
+    rows = batch.to_pylist()
+    ids = {row[key] for row in rows for key in ("query_id", "positive_id")}
+    ids |= {negative for row in rows for negative in row["negative_ids"]}
+    items = {item.item_id: item for item in store.items(sorted(ids))}
+    for row in rows:
+        query, positive = items[row["query_id"]], items[row["positive_id"]]
+        yield {
+            "query_text": query.rendered,
+            "query_image": names.name(query),
+            "pos_text": positive.rendered,
+            "pos_image": names.name(positive),
+            "query_pos_scores": row["positive_score"],
+            "hard_negatives": [[items[one].rendered, names.name(items[one])] for one in row["negative_ids"]],
+            "hard_negatives_scores": row["negative_scores"],
+        }
