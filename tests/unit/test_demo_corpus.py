@@ -1,0 +1,240 @@
+"""The shipped demo corpus: nothing held out leaks into training, and what is unpacked is complete and repeatable."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from unime_ray.corpus.demo import (
+    ADAPTATION_ARTIST,
+    DEMO_DATA,
+    PRETRAINING_ARTISTS,
+    UNSEEN_ARTIST,
+    materialize_demo,
+)
+from unime_ray.corpus.demo_rows import PICTURE_QUERY, family_of
+from unime_ray.errors import CorpusError
+
+TESTS = ("concepts", "compositions", "artist")
+PAIR_KEYS = ["id", "query_text", "query_image", "pos_text", "pos_image", "dataset", "split"]
+
+
+@pytest.fixture(scope="module")
+def concepts() -> dict[str, dict]:
+    return {row["hexcode"]: row for row in pq.read_table(DEMO_DATA / "concepts.parquet").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[dict]:
+    return pq.read_table(DEMO_DATA / "pictures.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return materialize_demo(tmp_path_factory.mktemp("demo") / "corpus", num_queries=1500)
+
+
+def read_rows(root: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (root / name).read_text(encoding="utf-8").splitlines()]
+
+
+def row_images(rows: list[dict]) -> set[str]:
+    return {row[key] for row in rows for key in ("query_image", "pos_image", "image") if row.get(key)}
+
+
+def row_names(rows: list[dict]) -> set[str]:
+    """The emoji names that rows mention, as a target or inside a query."""
+    texts = {row[key] for row in rows for key in ("query_text", "pos_text", "text") if row.get(key)}
+    return {text.removeprefix(PICTURE_QUERY.format("")) for text in texts}
+
+
+def file_hashes(root: Path) -> dict[str, str]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# --- the shipped tables -----------------------------------------------------------------------------------------------
+
+
+def test_the_corpus_is_as_large_as_promised_and_small_enough_to_ship(concepts, pictures):
+    bases = [row for row in concepts.values() if row["skin_tone"] is None]
+    assert len(bases) >= 1500
+    assert len(concepts) - len(bases) == 600
+    artists = {row["artist"] for row in pictures}
+    assert artists == {ADAPTATION_ARTIST, UNSEEN_ARTIST, *PRETRAINING_ARTISTS}
+    assert sum(path.stat().st_size for path in DEMO_DATA.iterdir()) <= 12 * 2**20
+
+
+def test_every_picture_is_a_64_pixel_webp_on_an_opaque_ground(pictures):
+    for row in pictures[::37]:
+        with Image.open(io.BytesIO(row["image"])) as picture:
+            assert (picture.format, picture.mode, picture.size) == ("WEBP", "RGB", (64, 64)), row["hexcode"]
+
+
+def test_equal_bytes_are_one_emoji(pictures):
+    emoji_of = defaultdict(set)
+    for row in pictures:
+        emoji_of[row["image"]].add(row["hexcode"])
+    assert [codes for codes in emoji_of.values() if len(codes) > 1] == []
+
+
+def test_keys_are_unique(concepts, pictures):
+    assert len({row["name"] for row in concepts.values()}) == len(concepts)
+    assert len({(row["artist"], row["hexcode"]) for row in pictures}) == len(pictures)
+    assert {row["hexcode"] for row in pictures} == set(concepts)
+    assert not any("FE0F" in code or code != code.upper() for code in concepts)
+
+
+def test_whole_families_are_held_out_as_concepts(concepts):
+    folds = defaultdict(set)
+    for code, row in concepts.items():
+        folds[family_of(code)].add(row["fold"] == "heldout_concept")
+        assert row["base_hexcode"] in concepts
+    assert all(len(seen) == 1 for seen in folds.values())
+    base_folds = Counter(row["fold"] for row in concepts.values() if row["skin_tone"] is None)
+    assert 0.06 <= base_folds["heldout_concept"] / base_folds.total() <= 0.10
+    assert {row["group"] for row in concepts.values() if row["fold"] == "heldout_concept"} == {
+        row["group"] for row in concepts.values()
+    }
+
+
+def test_the_parts_of_a_held_out_composition_are_trained_on(concepts):
+    held_out = [row for row in concepts.values() if row["fold"] == "heldout_composition"]
+    assert len(held_out) >= 80
+    train_families = Counter(family_of(code) for code, row in concepts.items() if row["fold"] == "train")
+    for row in held_out:
+        assert train_families[family_of(row["hexcode"])] >= 2, row["name"]
+        if row["skin_tone"]:
+            assert concepts[row["base_hexcode"]]["fold"] == "train", row["name"]
+
+
+def test_the_licence_file_names_every_artist_with_its_count(pictures):
+    text = (DEMO_DATA / "LICENSES.md").read_text(encoding="utf-8")
+    listed = {artist: int(count) for artist, count in re.findall(r"^\| `([\w-]+)` \| (\d+) \|", text, re.MULTILINE)}
+    assert listed == Counter(row["artist"] for row in pictures)
+    assert f"{len(pictures):,} emoji pictures" in text
+
+
+# --- the unpacked corpus ----------------------------------------------------------------------------------------------
+
+
+def test_training_files_hold_only_train_concepts_and_no_unseen_artist(root, concepts):
+    rows = read_rows(root, "train.jsonl") + read_rows(root, "pool.jsonl")
+    held_out_names = {row["name"] for row in concepts.values() if row["fold"] != "train"}
+    assert row_names(rows) & held_out_names == set()
+    paths = [Path(path) for path in row_images(rows)]
+    assert {concepts[path.stem]["fold"] for path in paths} == {"train"}
+    assert UNSEEN_ARTIST not in {path.parent.name for path in paths}
+
+
+def test_no_test_picture_lies_under_another_name_in_training(root):
+    train = row_images(read_rows(root, "train.jsonl") + read_rows(root, "pool.jsonl"))
+    train_bytes = {(root / path).read_bytes() for path in train}
+    for test in TESTS:
+        tested = row_images(read_rows(root, f"test_{test}.jsonl"))
+        assert tested & train == set()
+        assert [path for path in tested if (root / path).read_bytes() in train_bytes] == []
+
+
+def test_training_pairs_are_the_adaptation_artists_and_half_each_way(root):
+    rows = read_rows(root, "train.jsonl")
+    assert all(list(row) == PAIR_KEYS and row["split"] == "train" for row in rows)
+    assert Counter(row["dataset"] for row in rows) == {"emoji_t2i": 750, "emoji_i2t": 750}
+    assert {Path(path).parent.name for path in row_images(rows)} == {ADAPTATION_ARTIST}
+    assert len({row["id"] for row in rows}) == 1500
+
+
+def test_the_mining_pool_holds_every_trainable_picture_and_name(root, concepts, pictures):
+    rows = read_rows(root, "pool.jsonl")
+    train = {code for code, row in concepts.items() if row["fold"] == "train"}
+    want = Counter(row["artist"] for row in pictures if row["hexcode"] in train and row["artist"] != UNSEEN_ARTIST)
+    assert Counter(Path(row["image"]).parent.name for row in rows if row["image"]) == want
+    assert {row["text"] for row in rows if not row["image"]} == {concepts[code]["name"] for code in train}
+
+
+@pytest.mark.parametrize("test", TESTS)
+def test_every_positive_of_a_test_is_in_its_pool_once(root, test):
+    queries, pool = read_rows(root, f"test_{test}.jsonl"), read_rows(root, f"test_{test}_pool.jsonl")
+    items = Counter((row["dataset"], row["text"], row["image"]) for row in pool)
+    assert set(items.values()) == {1}
+    assert all(list(row) == PAIR_KEYS and row["split"] == "test" for row in queries)
+    assert [row for row in queries if (row["dataset"], row["pos_text"], row["pos_image"]) not in items] == []
+    assert Counter(row["dataset"] for row in queries).keys() == {f"emoji_t2i_{test}", f"emoji_i2t_{test}"}
+
+
+def test_a_test_of_held_out_emoji_asks_about_nothing_else(root, concepts):
+    for test, fold in (("concepts", "heldout_concept"), ("compositions", "heldout_composition"), ("artist", "train")):
+        artist = UNSEEN_ARTIST if test == "artist" else ADAPTATION_ARTIST
+        paths = [Path(path) for path in row_images(read_rows(root, f"test_{test}.jsonl"))]
+        assert {(path.parent.name, concepts[path.stem]["fold"]) for path in paths} == {(artist, fold)}
+
+
+def test_every_item_and_query_has_its_emoji_in_the_truth(root, concepts):
+    truth = {
+        (row["kind"], row["key"]): row["hexcode"] for row in pq.read_table(root / "truth_items.parquet").to_pylist()
+    }
+    assert pq.read_table(root / "truth_items.parquet").num_rows == len(truth)
+    for path in root.glob("*.jsonl"):
+        for row in read_rows(root, path.name):
+            sides = [(row.get("query_image"), row.get("query_text")), (row.get("pos_image"), row.get("pos_text"))]
+            sides = sides if "id" in row else [(row["image"], row["text"])]
+            found = {truth["image", image] if image else truth["text", text] for image, text in sides}
+            assert len(found) == 1, row
+            assert all(image is None or (root / image).is_file() for image, _ in sides)
+
+
+def test_relevance_is_graded_and_symmetric(root, concepts):
+    code = {row["name"]: row["hexcode"] for row in concepts.values()}
+    table = pq.read_table(root / "truth.parquet").to_pylist()
+    relevance = {(row["hexcode_a"], row["hexcode_b"]): row["relevance"] for row in table}
+    assert len(relevance) == len(table)
+    assert all(relevance[b, a] == grade for (a, b), grade in relevance.items())
+    assert all(relevance[c, c] == 1.0 for c in concepts)
+    assert set(relevance.values()) == {1.0, 0.6, 0.3}
+    assert relevance[code["woman running"], code["person running"]] == 0.6
+    toned = next(row for row in concepts.values() if row["skin_tone"])
+    assert relevance[toned["hexcode"], toned["base_hexcode"]] == 0.6
+    assert relevance[code["new moon"], code["new moon face"]] == 0.3
+    assert (code["owl"], code["bird"]) not in relevance
+    assert (code["lemon"], code["rocket"]) not in relevance
+
+
+# --- unpacking --------------------------------------------------------------------------------------------------------
+
+
+def test_unpacking_again_writes_nothing(root):
+    before = {path: path.stat().st_mtime_ns for path in root.iterdir()}
+    assert materialize_demo(root, num_queries=1500) == root
+    assert {path: path.stat().st_mtime_ns for path in root.iterdir()} == before
+
+
+def test_the_same_arguments_give_the_same_files_and_the_seed_changes_only_training(root, tmp_path):
+    before = file_hashes(root)
+    other = materialize_demo(tmp_path / "other", num_queries=1500)
+    assert file_hashes(other) == before
+    after = file_hashes(materialize_demo(other, num_queries=1500, seed=1))
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == {"train.jsonl", "demo_corpus.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CorpusError, match="not empty"):
+        materialize_demo(tmp_path, num_queries=10)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("num_queries", [0, 1, 10**6])
+def test_an_impossible_number_of_queries_is_refused(tmp_path, num_queries):
+    with pytest.raises(CorpusError, match=r"2 to \d+ training pairs"):
+        materialize_demo(tmp_path / "corpus", num_queries=num_queries)
+    assert list(tmp_path.iterdir()) == []
