@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from unime_ray.config import PixelBudget
 from unime_ray.errors import ModelError, RejectedRow
 from unime_ray.models import attention, vision
 from unime_ray.models.cache import ByteCache
+from unime_ray.models.items import Item
 from unime_ray.models.names import resolve_model
 from unime_ray.models.pixels import CHECKPOINT_BUDGET, Picture, PixelPipeline
-from unime_ray.models.tokens import Item, PromptTokenizer, Segment
+from unime_ray.models.tokens import PromptTokenizer, Segment
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FEATURE_CACHE_BYTES = 512 << 20
@@ -66,8 +68,9 @@ class Batch:
 class Backbone:
     """One loaded checkpoint. `model` is transformers' own class; adapters may be put into it in place."""
 
-    def __init__(self, model: Any, tokens: PromptTokenizer, pixels: PixelPipeline, path: str) -> None:
-        self.model, self.tokens, self.pixels, self.path = model, tokens, pixels, path
+    def __init__(self, model: Any, tokens: PromptTokenizer, processor: Any, pixels: PixelBudget, path: str) -> None:
+        self.model, self.tokens, self.processor, self.path = model, tokens, processor, path
+        self.pixels = PixelPipeline(processor, pixels)
         self.family: str = model.config.model_type
         self.max_tokens: int = model.config.get_text_config().max_position_embeddings
         self.pad_id: int = tokens.tokenizer.pad_token_id or 0
@@ -93,6 +96,7 @@ class Backbone:
                 tokenizer without the image token.
         """
         path = resolve_model(model)
+        disable_progress_bar()  # one line per shard and actor would drown a job's own log
         try:
             config = AutoConfig.from_pretrained(path, revision=revision)
         except (OSError, ValueError) as error:
@@ -111,7 +115,7 @@ class Backbone:
         merge = config.vision_config.spatial_merge_size
         tokens = PromptTokenizer(tokenizer, config.image_token_id, vision_ids, merge, model)
         where = torch.device(device) if device is not None else default_device()
-        return cls(loaded.eval().to(where), tokens, PixelPipeline(processor, pixels), path)
+        return cls(loaded.eval().to(where), tokens, processor, pixels, path)
 
     @property
     def device(self) -> torch.device:
@@ -132,6 +136,12 @@ class Backbone:
     @property
     def no_id(self) -> int:
         return self.tokens.answer_ids()[1]
+
+    @property
+    def can_share_prefix(self) -> bool:
+        """Whether suffixes may attend to all of a shared prefix: not if some layer's attention slides."""
+        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or ["full_attention"]
+        return all(kind == "full_attention" for kind in kinds)
 
     def encode_text(self, rendered: str) -> list[int]:
         """Token ids of a text without a picture."""

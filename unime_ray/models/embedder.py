@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from unime_ray.errors import ModelError, RejectedRow
 from unime_ray.models.backbone import Backbone, Batch
-from unime_ray.models.tokens import Item, Segment
+from unime_ray.models.items import Item
+from unime_ray.models.tokens import Segment
 
 DEFAULT_BATCH_TOKENS = 8192
 

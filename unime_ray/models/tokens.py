@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,22 +17,9 @@ from unime_ray.errors import ModelError, RejectedRow
 from unime_ray.models.pixels import Picture
 from unime_ray.prompts import IMAGE_MARKER, NO, YES
 
-MAX_CACHED_TEXTS = 200_000
+MAX_CACHED_TEXTS = 100_000
+MAX_CACHED_CHARS = 1000
 CONTENT_SENTINEL = "@@content@@"
-NUM_INDEX_TOKENS = 10
-
-
-class Item(Protocol):
-    """What a model needs of an item: the exact text, with the marker where its picture goes, and the picture."""
-
-    @property
-    def item_id(self) -> bytes: ...
-    @property
-    def rendered(self) -> str: ...
-    @property
-    def image_id(self) -> bytes | None: ...
-    @property
-    def image(self) -> bytes | None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,11 +73,12 @@ class PromptTokenizer:
         """A segment without pictures."""
         found = self._texts.get((text, special))
         if found is None:
-            if len(self._texts) >= MAX_CACHED_TEXTS:
-                self._texts.clear()
             encoded = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
             found = text_segment(np.asarray(encoded, dtype=np.int64))
-            self._texts[text, special] = found
+            if len(self._texts) >= MAX_CACHED_TEXTS:
+                self._texts.clear()
+            if len(text) <= MAX_CACHED_CHARS:
+                self._texts[text, special] = found
         return found
 
     def picture(self, picture: Picture) -> Segment:
@@ -166,10 +154,3 @@ class PromptTokenizer:
 def text_segment(ids: np.ndarray) -> Segment:
     """A segment of plain tokens: all three axes count along."""
     return Segment(ids, np.broadcast_to(np.arange(len(ids)), (3, len(ids))), len(ids))
-
-
-def index_labels(count: int) -> list[str]:
-    """Labels of a list of at most ten: 1 ... 9, then 0, since the family's tokenizers write 10 as two tokens."""
-    if not 1 <= count <= NUM_INDEX_TOKENS:
-        raise ValueError(f"a list holds 1 to {NUM_INDEX_TOKENS} candidates, not {count}")
-    return [str(position % 10) for position in range(1, count + 1)]
