@@ -10,12 +10,14 @@ import json
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from unime_ray.artifacts import Artifact, Manifest, Run, StageResult, filesystem, run_stage, write_text
-from unime_ray.config import RunConfig
+from unime_ray.config import RunConfig, nearest
+from unime_ray.errors import ConfigError, EvaluationError
 from unime_ray.evaluation.aggregate import comparisons, differences, metric_rows, stack_arms
 from unime_ray.evaluation.arms import BASE, RETRIEVE, Arm, arms_of, base_revision
 from unime_ray.evaluation.judge_truth import measure_judges, truth_inputs
@@ -23,23 +25,33 @@ from unime_ray.evaluation.protocol import Protocol, load_protocol
 from unime_ray.evaluation.reranking import reranked_row, to_rerank
 from unime_ray.evaluation.retrieval import search
 from unime_ray.evaluation.tables import per_query_schema
-from unime_ray.evaluation.worker import Workers
+from unime_ray.evaluation.worker import Load, Workers, load_model
+from unime_ray.ids import show
 from unime_ray.schemas import METRICS, REJECTS
 
 CODE_VERSION = 1
 TABLES = ("images", "items", "qrels", "pools", "eval_candidates")
 
 
-def run_evaluate(run: Run, config: RunConfig, name: str | None = None) -> Manifest:
+def run_evaluate(run: Run, config: RunConfig, name: str | None = None, load: Load = load_model) -> Manifest:
     """Measure all arms (or the one called `name`, without the comparison) and write `metrics`.
+
+    `load` is how an actor gets a model. Needs a Ray cluster.
 
     Raises:
         ArtifactError: an arm has not been trained yet.
         EvaluationError: there are no test queries, or too many without a positive in their pool.
     """
-    evaluation = Evaluation(run, config)
+    names = [arm.name for arm in arms_of(run, config)]
+    arms = [arm for arm in arms_of(run, config) if name in (None, arm.name)]
+    if not arms:
+        raise ConfigError(f"evaluate: no arm named {name!r}{nearest(str(name), names)}")
+    for arm in arms:
+        if arm.trained is not None:
+            arm.trained.require()
+    evaluation = Evaluation(run, config, load)
     try:
-        manifests = [evaluation.measure(arm) for arm in arms_of(run, config) if name in (None, arm.name)]
+        manifests = [evaluation.measure(arm) for arm in arms]
     finally:
         evaluation.workers.close()
     return manifests[-1] if name is not None else summarise(run, config)
@@ -48,9 +60,9 @@ def run_evaluate(run: Run, config: RunConfig, name: str | None = None) -> Manife
 class Evaluation:
     """One evaluate stage at work: the protocol is read and the actors are started only when an arm needs them."""
 
-    def __init__(self, run: Run, config: RunConfig) -> None:
+    def __init__(self, run: Run, config: RunConfig, load: Load = load_model) -> None:
         self.run, self.config = run, config
-        self.workers = Workers(run, config.embed.resources)
+        self.workers = Workers(run, config.embed.resources, load)
 
     @cached_property
     def protocol(self) -> Protocol:
@@ -90,12 +102,23 @@ class Evaluation:
         vectors = _stored_vectors(self.run, self.config, ids) if arm.name == BASE else {}
         missing = [item for item in ids if item not in vectors]
         vectors |= self.workers.embed(arm.name, arm.checkpoint, missing)
+        failed = self._failed(arm, vectors)
         settings = self.config.evaluate
         rows: list[dict[str, Any]] = []
         for test_set in self.protocol.sets:
             rows += search(test_set, vectors, settings.ks, settings.rerank_top_k)
-        counts = {"queries": len(rows), "items": len(ids), "embedded": len(missing)}
+        counts = {"queries": len(rows), "items": len(ids), "embedded": len(missing), "failed": failed}
         return self._finish(arm, pa.Table.from_pylist(rows, per_query_schema(settings.ks)), counts)
+
+    def _failed(self, arm: Arm, vectors: dict[bytes, np.ndarray]) -> int:
+        """How many items have no vector: they are searched, and never found."""
+        bad = [item for item, vector in vectors.items() if not np.isfinite(vector).all()]
+        if len(bad) > self.config.corpus.max_error_rate * len(vectors):
+            raise EvaluationError(
+                f"evaluations/{arm.name}: {len(bad)} of {len(vectors)} items cannot be embedded, more than "
+                f"corpus.max_error_rate allows; the first is {show(bad[0])}"
+            )
+        return len(bad)
 
     def _rerank(self, arm: Arm) -> StageResult:
         settings = self.config.evaluate

@@ -6,9 +6,8 @@ measure starts none. There are as many as `embed.resources` allows, of the size 
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,20 +28,42 @@ GROUPS_PER_CHUNK = 64
 Group = tuple[bytes, list[bytes]]
 """A query and the candidates to put in order."""
 
+Load = Callable[[str, Checkpoint], Any]
+
+
+def load_model(kind: str, checkpoint: Checkpoint) -> Any:
+    """The `embedder` or `reranker` that a checkpoint holds.
+
+    Raises:
+        ModelError: there is no such checkpoint, or it cannot do this.
+    """
+    from unime_ray.models.backbone import Backbone
+    from unime_ray.models.embedder import Embedder
+    from unime_ray.models.reranker import Reranker
+
+    folder = local_folder(checkpoint.model)
+    backbone = Backbone.load(
+        folder, revision=checkpoint.revision, dtype=checkpoint.dtype, pixels=checkpoint.pixels
+    )
+    return (Embedder if kind == "embedder" else Reranker)(backbone, checkpoint.batch_tokens)
+
 
 class Worker:
     """Embeds and reranks items of one run by id."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, load: Load = load_model) -> None:
         from unime_ray.corpus.payload import PayloadStore
 
         run = Run(root)
         self.store = PayloadStore(run.artifact("images").data_uri, run.artifact("items").data_uri)
+        self.load = load
         self.loaded: tuple[tuple[str, Checkpoint], Any] | None = None
 
     def embed(self, checkpoint: Checkpoint, ids: list[bytes]) -> np.ndarray:
-        """Unit vectors (N, D) float32."""
-        return self._model("embedder", checkpoint).embed(self.store.items(ids))
+        """Unit vectors (N, D) float32; one of NaN where an item cannot be embedded."""
+        vectors_ND, errors = self._model("embedder", checkpoint).embed_checked(self.store.items(ids))
+        vectors_ND[[row for row, error in enumerate(errors) if error is not None]] = np.nan
+        return vectors_ND
 
     def rerank(self, checkpoint: Checkpoint, mode: str, groups: list[Group]) -> list[list[int]]:
         """For each group the order of its candidates, best first."""
@@ -54,22 +75,8 @@ class Worker:
     def _model(self, kind: str, checkpoint: Checkpoint) -> Any:
         if self.loaded is None or self.loaded[0] != (kind, checkpoint):
             self.loaded = None  # the old model's memory is free before the new one takes its own
-            self.loaded = ((kind, checkpoint), _load(kind, checkpoint))
+            self.loaded = ((kind, checkpoint), self.load(kind, checkpoint))
         return self.loaded[1]
-
-
-def _load(kind: str, checkpoint: Checkpoint) -> Any:
-    from unime_ray.models.backbone import Backbone
-    from unime_ray.models.embedder import Embedder
-    from unime_ray.models.reranker import Reranker
-
-    backbone = Backbone.load(
-        local_folder(checkpoint.model),
-        revision=checkpoint.revision,
-        dtype=checkpoint.dtype,
-        pixels=checkpoint.pixels,
-    )
-    return Embedder(backbone, checkpoint.batch_tokens) if kind == "embedder" else Reranker(backbone)
 
 
 def local_folder(model: str) -> str:
@@ -85,8 +92,8 @@ def local_folder(model: str) -> str:
 class Workers:
     """The actors of one evaluation, started on first use."""
 
-    def __init__(self, run: Run, resources: Resources) -> None:
-        self.run, self.resources = run, resources
+    def __init__(self, run: Run, resources: Resources, load: Load = load_model) -> None:
+        self.run, self.resources, self.load = run, resources, load
         self._pool: ActorPool | None = None
         self._actors: list[Any] = []
 
@@ -125,10 +132,10 @@ class Workers:
 
     def _start(self) -> list[Any]:
         wanted = self.resources
-        count = wanted.max_actors or wanted.num_actors
+        count = max(wanted.max_actors or 0, wanted.num_actors)
         options = {"num_cpus": wanted.num_cpus, "num_gpus": wanted.num_gpus, "max_restarts": 2, "max_task_retries": 2}
         actor = ray.remote(Worker).options(**options)
-        self._actors = [actor.remote(self.run.root) for _ in range(min(count, os.cpu_count() or 1) or 1)]
+        self._actors = [actor.remote(self.run.root, self.load) for _ in range(count)]
         return self._actors
 
     def close(self) -> None:

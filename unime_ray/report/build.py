@@ -101,7 +101,7 @@ def number(value: Any, digits: int = 3) -> str:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    return count(value) if float(value).is_integer() and abs(value) >= 1 else f"{value:.{digits}f}"
+    return count(value) if isinstance(value, int) or abs(value) >= 10_000 else f"{value:.{digits}f}"
 
 
 def duration(seconds: float) -> str:
