@@ -57,6 +57,8 @@ def check_image(data: bytes, policy: ImagePolicy = DEFAULT_POLICY) -> tuple[int,
     """
     image = _open(data, policy)
     size = _upright_size(image)
+    if image.format == "PNG":
+        _verify(_open(data, policy))
     # A JPEG decoded at an eighth of its size still reads the whole stream, so truncation shows at little cost.
     image.draft(image.mode, (max(image.width // 8, 1), max(image.height // 8, 1)))
     _load(image)
@@ -145,6 +147,14 @@ def _load(image: Image.Image) -> None:
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RejectedRow(f"picture may be a decompression bomb: {_line(error)}") from error
+    except BROKEN as error:
+        raise RejectedRow(f"picture is corrupt or truncated: {_line(error)}") from error
+
+
+def _verify(image: Image.Image) -> None:
+    """Compare the checksums of a PNG, which decoding alone does not."""
+    try:
+        image.verify()
     except BROKEN as error:
         raise RejectedRow(f"picture is corrupt or truncated: {_line(error)}") from error
 

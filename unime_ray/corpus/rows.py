@@ -38,10 +38,10 @@ def record_of(row: Mapping[str, Any], number: int, source: Source, file: str) ->
     if source.role == "pool":
         fallback = source.pos_instruction
         names = (columns.text, columns.image, columns.instruction)
-        item = _side(*(_value(row, name) for name in names), names, fallback, root)
+        item = _side([_value(row, name) for name in names], names, fallback, root)
         return Record(**common, item=_filled(item, "item", names, row))
     names = (columns.query_text, columns.query_image, columns.query_instruction)
-    query = _side(*(_value(row, name) for name in names), names, source.query_instruction, root)
+    query = _side([_value(row, name) for name in names], names, source.query_instruction, root)
     positives = _positives(row, source, root)
     return Record(
         **common,
@@ -64,7 +64,7 @@ def _positives(row: Mapping[str, Any], source: Source, root: str) -> tuple[Side,
     if count == 0:
         raise RejectedRow(f"no positive: {_columns(names)} holds an empty list")
     spread = [value if isinstance(value, list) else [value] * count for value in values]
-    sides = (_side(*entry, names, source.pos_instruction, root) for entry in zip(*spread, strict=True))
+    sides = (_side(entry, names, source.pos_instruction, root) for entry in zip(*spread, strict=True))
     return tuple(_filled(side, "positive", names, row) for side in sides)
 
 
@@ -117,7 +117,7 @@ def sides_of(entries: Any, name: str, instruction: str | None, root: str) -> tup
             values = [*entry, None]
         else:
             raise RejectedRow(f"{where[0]} is {_kind(entry)}, not a text, a [text, picture] pair or a mapping")
-        sides.append(_filled(_side(*values, where, instruction, root), where[0], (), {}))
+        sides.append(_filled(_side(values, where, instruction, root), where[0], (), {}))
     return tuple(sides)
 
 
@@ -135,11 +135,12 @@ def scores_of(values: Any, name: str) -> tuple[float, ...]:
     return scores
 
 
-def _side(text: Any, image: Any, instruction: Any, names: Sequence[str | None], default: str | None, root: str) -> Side:
+def _side(values: Sequence[Any], names: Sequence[str | None], default: str | None, root: str) -> Side:
+    """A side from its (text, picture, instruction); `names` are what these are called in a reason."""
     return Side(
-        text=_text(text, names[0]),
-        image=_image(image, names[1], root),
-        instruction=_text(instruction, names[2]) or default,
+        text=_text(values[0], names[0]),
+        image=_image(values[1], names[1], root),
+        instruction=_text(values[2], names[2]) or default,
     )
 
 

@@ -77,7 +77,7 @@ def _stage(corpus: CorpusConfig, staging: str) -> list[UnitSummary]:
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS))
     dataset.context.raise_original_map_exception = True
     arguments = {"corpus": corpus, "staging": staging}
-    done = dataset.map_batches(stage_batch, batch_size=1, batch_format="pyarrow", fn_kwargs=arguments).take_all()
+    done = dataset.map_batches(stage_batch, batch_size=1, batch_format="pyarrow", fn_kwargs=arguments).take_all()  # type: ignore[arg-type]
     return sorted((UnitSummary(**summary) for summary in done), key=lambda summary: summary.number)
 
 
