@@ -60,7 +60,7 @@ def load_checkpoint(
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     different = sorted(own.keys() ^ state["model"].keys())
     if different:
-        raise TrainingError(f"{folder}: checkpoint and model disagree on weight {different[0]!r}; remove the checkpoint")
+        raise TrainingError(f"{folder}: checkpoint and model disagree on weight {different[0]!r}; remove it")
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(state["model"][name])
@@ -80,6 +80,11 @@ class StepLog:
         self._written = float("-inf")
         # Steps after the checkpoint are done again: their old lines would stand twice.
         self.lines = [line for line in read_log(uri) if line["step"] <= start_step]
+
+    @property
+    def seconds(self) -> float:
+        """Training time that the lines so far stand for."""
+        return float(self.lines[-1]["seconds"]) if self.lines else 0.0
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)

@@ -1,0 +1,111 @@
+"""A small run to train on: pictures and texts, random hard negatives, and a tiny random checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lance
+import numpy as np
+import pyarrow as pa
+import torch
+
+from tests.unit.models_fixtures import FakeItem, make_item, picture, save_checkpoint
+from unime_ray.artifacts import Manifest, Run
+from unime_ray.config import EmbedderConfig, LoraConfig, PixelBudget, RerankerConfig
+from unime_ray.schemas import HARD_NEGATIVES, IMAGES, ITEMS
+from unime_ray.train.data import prepare_examples
+from unime_ray.train.worker import TrainingJob
+
+NUM_QUERIES = 14
+NUM_NEGATIVES = 3
+ALL_WEIGHTS = LoraConfig(rank=0)
+SECTION: dict[str, Any] = {
+    "lora": {"rank": 4, "alpha": 8.0},
+    "steps": 6,
+    "batch_queries": 6,
+    "micro_batch_queries": 3,
+    "learning_rate": 1e-2,
+    "num_negatives": NUM_NEGATIVES,
+    "temperature": 0.2,
+    "judge_temperature": 0.3,
+}
+
+
+def build_scene(root: Path) -> Run:
+    """Items, pictures, hard negatives of judge `judge`, and a checkpoint in `root/model`."""
+    run = Run(str(root / "run"))
+    queries = [make_item(f"query number {n}") for n in range(NUM_QUERIES)]
+    pool = [make_item(None if n % 2 else f"thing {n}", picture(n, 32, 32)) for n in range(10)]
+    pool += [make_item(f"a text about thing {n}") for n in range(6)]
+    write_payload(run, [*queries, *pool])
+    write_negatives(run, queries, pool)
+    save_checkpoint(root / "model")
+    return run
+
+
+def write_payload(run: Run, items: list[FakeItem]) -> None:
+    rows = [
+        {
+            "item_id": item.item_id,
+            "rendered": item.rendered,
+            "text": item.text,
+            "image_id": item.image_id,
+            "source": "t",
+        }
+        for item in items
+    ]
+    pictures = {item.image_id: item.image for item in items if item.image_id is not None}
+    images = [{"image_id": key, "bytes": data, "width": 32, "height": 32} for key, data in pictures.items()]
+    lance.write_dataset(pa.Table.from_pylist(rows, schema=ITEMS), run.artifact("items").data_uri)
+    lance.write_dataset(pa.Table.from_pylist(images, schema=IMAGES), run.artifact("images").data_uri)
+
+
+def write_negatives(run: Run, queries: list[FakeItem], pool: list[FakeItem]) -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for query in queries:
+        chosen = rng.choice(len(pool), 1 + NUM_NEGATIVES, replace=False)
+        rows.append({
+            "query_id": query.item_id, "positive_id": pool[chosen[0]].item_id, "positive_score": 0.9,
+            "negative_ids": [pool[index].item_id for index in chosen[1:]],
+            "negative_scores": rng.random(NUM_NEGATIVES), "negative_similarities": rng.random(NUM_NEGATIVES),
+            "negative_reasons": ["kept"] * NUM_NEGATIVES,
+        })  # fmt: skip
+    table = run.artifact("hard_negatives", "judge")
+    table.write(pa.Table.from_pylist(rows, schema=HARD_NEGATIVES), HARD_NEGATIVES)
+    table.finish(Manifest(table="hard_negatives", name="judge", stage="select", fingerprint="scene", rows=len(rows)))
+
+
+def job_of(root: Path, section: EmbedderConfig | RerankerConfig) -> TrainingJob:
+    run = Run(str(root / "run"))
+    return TrainingJob(
+        section=section.model_dump(mode="json"),
+        model=str(root / "model"),
+        revision=None,
+        pixels=PixelBudget(),
+        examples_uri=prepare_examples(run.artifact("hard_negatives", "judge")),
+        images_uri=run.artifact("images").data_uri,
+        items_uri=run.artifact("items").data_uri,
+        artifact_uri=run.artifact("embedder", "test").uri,
+        identity={"model": "m", "config": "c"},
+    )
+
+
+def gradients(
+    root: Path, section: EmbedderConfig | RerankerConfig, step: int = 1
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Global loss and gradient of one step on this process's rank, in the process group there is (or none)."""
+    from unime_ray.train import embedder, reranker, worker
+    from unime_ray.train.loop import Stepper
+
+    kind = embedder if isinstance(section, EmbedderConfig) else reranker
+    setting = worker.prepare(job_of(root, section), section, torch.device("cpu"))
+    objective = kind.make_objective(setting)
+    stepper = Stepper(objective, section)
+    stepper.module.train()
+    batch = objective.load(step, stepper.rank, stepper.world)
+    result = objective.backward(stepper, batch)
+    loss = stepper.totals([float(result.losses_B.sum())])[0] / batch.batch_size
+    named = stepper.module.named_parameters()
+    return loss, {name: weight.grad.clone() for name, weight in named if weight.grad is not None}

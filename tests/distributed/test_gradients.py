@@ -1,0 +1,94 @@
+"""More ranks and smaller micro-batches change the time, not the gradient."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.rank import SECTIONS
+from tests.distributed.scene import SECTION, build_scene, gradients
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RERANKER = {name: value for name, value in SECTION.items() if not name.endswith("temperature")} | {"max_list_length": 4}
+RERANKER.pop("num_negatives")
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "judge_kl": ("embedder", SECTION | {"loss": "judge_kl"}),
+    "infonce": ("embedder", SECTION | {"loss": "infonce", "num_negatives": 0}),
+    "infonce_negatives": ("embedder", SECTION | {"loss": "infonce", "num_negatives": 2}),
+    "hybrid": ("embedder", SECTION | {"loss": "hybrid", "infonce_weight": 0.5}),
+    "vision": ("embedder", SECTION | {"loss": "hybrid", "lora": {"rank": 4, "alpha": 8.0, "train_vision": True}}),
+    "reranker": ("reranker", RERANKER),
+}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("scene")
+    build_scene(root)
+    return root
+
+
+def on_ranks(scene: Path, cases: dict[str, Any], world: int, out: Path) -> dict[str, Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tests.distributed.rank", str(scene)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), port, json.dumps(cases), str(out)],
+            cwd=REPOSITORY,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
+        )
+        for rank in range(world)
+    ]
+    try:
+        assert [process.wait(timeout=240) for process in processes] == [0] * world
+    finally:
+        for process in processes:
+            process.kill()
+    return torch.load(out, weights_only=True)
+
+
+def assert_equal(found: tuple[float, dict], expected: tuple[float, dict]) -> None:
+    """Loss and gradient equal to 1e-6, relative to the gradient's norm: float32 rounds sums in another order."""
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found[1].keys() == expected[1].keys()
+    wrong = sum(float((found[1][name] - gradient).square().sum()) for name, gradient in expected[1].items())
+    right = sum(float(gradient.square().sum()) for gradient in expected[1].values())
+    assert right > 1e-6
+    assert (wrong / right) ** 0.5 < 1e-6
+
+
+def whole(scene: Path, name: str, **changes: int) -> tuple[float, dict]:
+    """One process, the whole batch in one pass."""
+    kind, section = CASES[name]
+    return gradients(scene, SECTIONS[kind].model_validate(section | {"micro_batch_queries": 100} | changes))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_micro_batches_give_the_gradient_of_the_whole_batch(scene, name):
+    kind, section = CASES[name]
+    expected = whole(scene, name)
+    for size in (3, 4):  # 4 leaves a short last micro-batch
+        assert_equal(gradients(scene, SECTIONS[kind].model_validate(section | {"micro_batch_queries": size})), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_give_the_gradient_of_one_process(scene, tmp_path, world):
+    # Five queries: ranks have unequal shares, and unequal numbers of micro-batches.
+    cases = {
+        name: (kind, section | {"batch_queries": 5, "micro_batch_queries": 2})
+        for name, (kind, section) in CASES.items()
+    }
+    found = on_ranks(scene, cases, world, tmp_path / "out.pt")
+    for name in CASES:
+        assert_equal(found[name], whole(scene, name, batch_queries=5))

@@ -1,0 +1,260 @@
+"""Starting a training on Ray Train and seeing it through: workers, checkpoints, restarts, progress, errors.
+
+Ray Train restarts the workers `max_failures` times from the last checkpoint. When the driver itself was killed, the
+same command starts Ray Train under the same name and storage, where it finds that checkpoint again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from unime_ray.artifacts import Artifact, Manifest, Run, StageResult, filesystem, join, read_text, remove, run_stage
+from unime_ray.config import PixelBudget, TrainConfig, nearest
+from unime_ray.errors import ConfigError, TrainingError, UnimeError
+from unime_ray.models.names import model_revision, resolve_model
+from unime_ray.train.checkpoint import read_log
+from unime_ray.train.data import BatchOrder, Examples, prepare_examples
+from unime_ray.train.worker import LOG, TrainingJob
+
+CODE_VERSION = 1
+CHECKPOINTS = "checkpoints"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+NOT_LEARNING = ("num_workers", "cpus_per_worker", "use_gpu", "checkpoint_every", "max_failures", "log_every")
+"""Settings that change how fast or how safely a model is trained, but not which: no reason to train it again."""
+Section = TypeVar("Section", bound=TrainConfig)
+
+
+def section_of(sections: Mapping[str, Section], name: str, kind: str) -> Section:
+    """The section of that name.
+
+    Raises:
+        ConfigError: there is none; the nearest name is given.
+    """
+    if name not in sections:
+        raise ConfigError(f"{kind}: nothing is called {name!r}{nearest(name, sections)}")
+    return sections[name]
+
+
+def run_training(
+    run: Run,
+    section: TrainConfig,
+    *,
+    judge: str,
+    kind: str,
+    name: str,
+    model: str,
+    pixels: PixelBudget,
+    num_negatives: int,
+    worker: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Manifest:
+    """Train `section` on the negatives of `judge`; the stage is skipped if this very model is there.
+
+    Args:
+        kind: the artifact's table, `embedder` or `reranker`. num_negatives: each row must have at least these.
+        worker: the function each worker runs, given a `TrainingJob` as a dict.
+
+    Raises:
+        ArtifactError, ModelError, TrainingError: see the callers.
+    """
+    artifact, table = run.artifact(kind, name), run.artifact("hard_negatives", judge)
+    path = resolve_model(model)
+    revision = model_revision(path, section.revision)
+    learning = section.model_dump(mode="json", exclude=set(NOT_LEARNING)) | {"model": model, "judge": judge}
+
+    def build() -> StageResult:
+        examples_uri = _checked_rows(table, section, num_negatives)
+        job = TrainingJob(
+            section=section.model_dump(mode="json"),
+            model=path,
+            revision=section.revision,
+            pixels=pixels,
+            examples_uri=examples_uri,
+            images_uri=run.artifact("images").data_uri,
+            items_uri=run.artifact("items").data_uri,
+            artifact_uri=artifact.uri,
+            identity={"model": revision, "config": json.dumps(learning, sort_keys=True), "data": examples_uri},
+        )
+        counts = fit(job, section, worker, artifact, f"train {kind} {name}")
+        remove(artifact.child(CHECKPOINTS))
+        return StageResult(rows=counts["training_rows"], counts=counts, model=model, revision=revision)
+
+    return run_stage(
+        artifact,
+        stage=f"train_{kind}",
+        code_version=CODE_VERSION,
+        config=learning | {"pixels": pixels.model_dump()},
+        inputs=[table],
+        extra_inputs={"model": revision},
+        build=build,
+    )
+
+
+def _checked_rows(table: Artifact, section: TrainConfig, num_negatives: int) -> str:
+    """Prepare the training rows and refuse what cannot be trained on, before any worker starts."""
+    uri = prepare_examples(table)
+    examples = Examples(uri)
+    examples.require_negatives(num_negatives)
+    BatchOrder(len(examples), section.batch_queries, section.seed).rank_rows(0, 0, section.num_workers)
+    return uri
+
+
+def fit(
+    job: TrainingJob,
+    section: TrainConfig,
+    worker: Callable[[dict[str, Any]], dict[str, Any]],
+    artifact: Artifact,
+    title: str,
+) -> dict[str, Any]:
+    """Run the workers to the end and return rank 0's counts. Ctrl-C ends the wait at once; Ray ends the workers.
+
+    Raises:
+        UnimeError: what a worker raised on purpose, as it was. TrainingError: workers failed too often.
+    """
+    # How often the controller looks at its workers: also how soon it sees that they are done.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    trainer = _trainer(job, section, worker, artifact)
+    outcome: dict[str, Any] = {}
+
+    def run_trainer() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except (TrainingFailedError, ray.exceptions.RayError) as error:
+            outcome["error"] = error
+
+    # Not in the main thread: there Ray Train would install a SIGINT handler, and leave it behind.
+    thread = threading.Thread(target=run_trainer, name="ray-train", daemon=True)
+    thread.start()
+    with _Progress(join(job.artifact_uri, LOG), section.steps, title) as progress:
+        while thread.is_alive():
+            thread.join(timeout=0.5)
+            progress.update()
+    if "error" in outcome:
+        raise _own_error(outcome["error"]) from outcome["error"]
+    if "result" not in outcome:
+        raise TrainingError(f"{title}: Ray Train ended without a result; see its log above")
+    return dict(outcome["result"].return_value)
+
+
+class _StopOnOwnErrors(UserCallback):
+    """Ends training at an error raised on purpose: another attempt would only meet it again."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for rank in sorted(worker_exceptions):
+            if isinstance(worker_exceptions[rank], UnimeError):
+                raise worker_exceptions[rank]
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer, less an actor that asks the dashboard each second whether the controller lives, where there is
+    no dashboard to ask (it would fill the terminal with warnings). A local cluster ends with its driver anyway."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
+def _trainer(
+    job: TrainingJob, section: TrainConfig, worker: Callable[[dict[str, Any]], dict[str, Any]], artifact: Artifact
+) -> TorchTrainer:
+    fs, path = filesystem(artifact.uri)
+    _drop_unusable_snapshot(artifact)
+    alone = not ray._private.worker.get_dashboard_url()
+    if alone:
+        # Nobody reclaims the nodes of a local cluster; spare it the process that watches for that.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    resources = {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if section.use_gpu else {})
+    return (_Trainer if alone else TorchTrainer)(
+        worker,
+        train_loop_config=job.model_dump(mode="json"),
+        scaling_config=ScalingConfig(
+            num_workers=section.num_workers, use_gpu=section.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RayRunConfig(
+            name=CHECKPOINTS,
+            storage_path=path,
+            storage_filesystem=fs,
+            failure_config=FailureConfig(max_failures=section.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[_StopOnOwnErrors()],
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _drop_unusable_snapshot(artifact: Artifact) -> None:
+    """Ray Train writes its list of checkpoints in place: a kill in that moment, or another Ray version, leaves one it
+    cannot read. Training then starts over, which costs time but not correctness."""
+    folder = artifact.child(CHECKPOINTS)
+    text = read_text(join(folder, SNAPSHOT))
+    if text is None:
+        return
+    try:
+        usable = json.loads(text).get("ray_version") == ray.__version__
+    except json.JSONDecodeError:
+        usable = False
+    if not usable:
+        remove(folder)
+
+
+def _own_error(error: Exception) -> UnimeError:
+    """The error a user should see for one of Ray Train's."""
+    causes: list[Any] = [error]
+    if isinstance(error, ControllerError):
+        causes.append(error.controller_failure)
+    for cause in list(causes):
+        if isinstance(cause, WorkerGroupError):
+            causes += [cause.worker_failures[rank] for rank in sorted(cause.worker_failures)]
+        if isinstance(cause, ControllerError):
+            causes.append(cause.controller_failure)
+    for cause in causes:
+        if isinstance(cause, UnimeError):
+            return cause
+    last = causes[-1]
+    text = str(last).strip().splitlines()
+    return TrainingError(f"training workers failed for good: {type(last).__name__}: {text[-1] if text else ''}")
+
+
+class _Progress:
+    """A progress line with loss, queries/s and time left, read from the log that rank 0 writes."""
+
+    def __init__(self, log_uri: str, steps: int, title: str) -> None:
+        self._uri = log_uri
+        self._interval = 5.0 if "://" in log_uri else 0.5
+        self._next = 0.0
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps")]
+        columns += [TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn()]
+        self._bar = Progress(*columns, console=Console(stderr=True), refresh_per_second=2)
+        self._task = self._bar.add_task(title, total=steps, numbers="starting workers")
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.update(force=True)
+        self._bar.stop()
+
+    def update(self, force: bool = False) -> None:
+        if not force and time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + self._interval
+        recent = read_log(self._uri)[-10:]
+        if recent:
+            rate = sum(line["queries_per_second"] for line in recent) / len(recent)
+            numbers = f"loss {recent[-1]['loss']:.4f}  {rate:.1f} queries/s"
+            self._bar.update(self._task, completed=recent[-1]["step"], numbers=numbers)
