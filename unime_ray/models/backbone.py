@@ -97,23 +97,15 @@ class Backbone:
         """
         path = resolve_model(model)
         disable_progress_bar()  # one line per shard and actor would drown a job's own log
+        config, tokens = read_tokens(model, revision)
         try:
-            config = AutoConfig.from_pretrained(path, revision=revision)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model {model}: cannot read its config ({_line(error)})") from error
-        if config.model_type not in FAMILIES:
-            names = ", ".join(config.architectures or [config.model_type])
-            raise ModelError(f"model {model}: architecture {names} is not supported; supported: {', '.join(FAMILIES)}")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, padding_side="left")
             # The PIL backend: the default one needs torchvision.
             processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
-            loaded = AutoModelForImageTextToText.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
+            loaded = AutoModelForImageTextToText.from_pretrained(
+                path, config=config, revision=revision, dtype=getattr(torch, dtype)
+            )
         except (OSError, ValueError) as error:
             raise ModelError(f"model {model}: cannot be loaded ({_line(error)})") from error
-        vision_ids = (config.vision_start_token_id, config.vision_end_token_id)
-        merge = config.vision_config.spatial_merge_size
-        tokens = PromptTokenizer(tokenizer, config.image_token_id, vision_ids, merge, model)
         where = torch.device(device) if device is not None else default_device()
         return cls(loaded.eval().to(where), tokens, processor, pixels, path)
 
@@ -271,6 +263,40 @@ class Backbone:
         output = visual(values, grid_thw=thw, **self._tables.of(grids, self.device))
         layers = torch.stack([output.pooler_output, *(getattr(output, "deepstack_features", None) or [])])
         return layers.split([self.pixels.num_tokens(grid) for grid in grids], dim=1)
+
+
+def read_tokens(model: str, revision: str | None = None) -> tuple[Any, PromptTokenizer]:
+    """A checkpoint's configuration and tokenizer; its weights are not touched.
+
+    Raises:
+        ModelError: no such model, an architecture outside FAMILIES, a tokenizer without the image token.
+    """
+    path = resolve_model(model)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {model}: cannot read its config ({_line(error)})") from error
+    if config.model_type not in FAMILIES:
+        names = ", ".join(config.architectures or [config.model_type])
+        raise ModelError(f"model {model}: architecture {names} is not supported; supported: {', '.join(FAMILIES)}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {model}: its tokenizer cannot be loaded ({_line(error)})") from error
+    vision_ids = (config.vision_start_token_id, config.vision_end_token_id)
+    merge = config.vision_config.spatial_merge_size
+    return config, PromptTokenizer(tokenizer, config.image_token_id, vision_ids, merge, model)
+
+
+def check_model(model: str, *, revision: str | None = None, needs_answers: bool = False) -> None:
+    """Raise ModelError unless `model` can embed and, with `needs_answers`, can judge and rerank.
+
+    Reads the configuration and the tokenizer only, so it is cheap enough to do before any work starts.
+    """
+    _, tokens = read_tokens(model, revision)
+    if needs_answers:
+        tokens.chat_wrap()
+        tokens.answer_ids()
 
 
 def default_device() -> torch.device:
