@@ -59,8 +59,13 @@ def read_all(source: Source, rows_per_task: int = 512) -> list[Record | Reject]:
 
 @pytest.mark.parametrize("rows_per_task", [1, 512])
 @pytest.mark.parametrize("read_bytes", [7, 2**20])
-def test_published_rows_become_pairs_with_scored_negatives(published, tmp_path, monkeypatch, rows_per_task, read_bytes):
+@pytest.mark.parametrize("start", ["", "\ufeff\n "])
+def test_published_rows_become_pairs_with_scored_negatives(
+    published, tmp_path, monkeypatch, rows_per_task, read_bytes, start
+):
     monkeypatch.setattr(unime_json, "READ_BYTES", read_bytes)
+    path = tmp_path / "example_data.json"
+    path.write_text(start + path.read_text())
     first, second = read_all(published, rows_per_task)
     assert first.query == Side(
         "<|image_1|>\nRepresent the given image with a caption.", str(tmp_path / "images/red.png")
@@ -97,7 +102,8 @@ def test_a_bad_row_is_rejected_with_its_number(published, change, reason):
         ('{"query_text": "q"}', "not a JSON list; for one object a line use `format: jsonl`"),
         ('[{"query_text": "q"}, {"query_t', "row 2 is not valid JSON"),
         ('[{"query_text": "q"},', "ends after row 1 without its closing bracket"),
-        ("", "ends after row 0"),
+        ('[{"query_text": "q"}', "ends after row 1"),
+        ("", "not a JSON list"),
     ],
 )
 def test_a_broken_file_is_refused_as_a_whole(tmp_path, text, message):

@@ -45,6 +45,11 @@ class Record:
     """The row's own evaluation candidates, if it names them (MMEB)."""
     item: Side | None = None
 
+    def sides(self) -> list[Side]:
+        """Every side that the row names."""
+        single = [side for side in (self.query, self.item) if side is not None]
+        return [*single, *self.positives, *self.negatives, *(self.candidates or ())]
+
 
 @dataclass(frozen=True, slots=True)
 class Reject:

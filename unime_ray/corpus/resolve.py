@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from unime_ray.config import CorpusConfig
-from unime_ray.corpus.files import read_picture
+from unime_ray.corpus.files import is_remote, read_picture
 from unime_ray.corpus.images import check_image, store_bytes
-from unime_ray.corpus.records import Record, Side
+from unime_ray.corpus.records import Record, Reject, Side
+from unime_ray.corpus.units import STAGE
 from unime_ray.errors import RejectedRow
 from unime_ray.ids import image_id, item_id
 from unime_ray.prompts import render
+
+READ_AHEAD_ROWS, READ_THREADS = 32, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Resolved:
     item: Entry | None = None
 
     def entries(self) -> list[Entry]:
+        """Every item that the row names."""
         single = [entry for entry in (self.query, self.item) if entry is not None]
         return [*single, *self.positives, *self.negatives, *(self.candidates or ())]
 
@@ -53,7 +60,7 @@ class Resolved:
 class Resolver:
     """Resolves the rows of one unit; remembers what it has checked, so that a repeated picture is opened once.
 
-    After `resolve`, call `accept` once the row is really used: only then are its pictures known.
+    `resolve_all` is what to call. Pictures behind a URI are read ahead by a few threads, since each takes its time.
     """
 
     def __init__(self, corpus: CorpusConfig) -> None:
@@ -63,6 +70,38 @@ class Resolver:
         self.paths: set[str] = set()
         """Every path that was looked at, found or not."""
         self._fresh: dict[str, bytes] = {}
+        self._ahead: dict[str, bytes | RejectedRow] = {}
+
+    def resolve_all(self, found: Iterable[Record | Reject]) -> Iterator[Resolved | Reject]:
+        """Every row in order, resolved or refused. Take all that comes: what was yielded counts as used."""
+        rows = iter(found)
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            while chunk := list(itertools.islice(rows, READ_AHEAD_ROWS)):
+                self._read_ahead(chunk, pool)
+                for row in chunk:
+                    yield self._resolve_or_refuse(row)
+
+    def _resolve_or_refuse(self, row: Record | Reject) -> Resolved | Reject:
+        if isinstance(row, Reject):
+            return row
+        try:
+            resolved = self.resolve(row)
+        except RejectedRow as error:
+            return Reject(row.source, row.row, STAGE, error.reason)
+        self._accept(resolved)
+        return resolved
+
+    def _read_ahead(self, chunk: list[Record | Reject], pool: ThreadPoolExecutor) -> None:
+        sides = (side for row in chunk if isinstance(row, Record) for side in row.sides())
+        paths = {side.image for side in sides if isinstance(side.image, str) and is_remote(side.image)}
+        wanted = sorted(paths - self._by_path.keys())
+        self._ahead = dict(zip(wanted, pool.map(self._read, wanted), strict=True))
+
+    def _read(self, path: str) -> bytes | RejectedRow:
+        try:
+            return read_picture(path, self._corpus.image.max_source_bytes)
+        except RejectedRow as error:
+            return error
 
     def resolve(self, record: Record) -> Resolved:
         """The entries of a record.
@@ -88,8 +127,8 @@ class Resolver:
                 raise RejectedRow(f"negative {position} is the row's own positive")
         return resolved
 
-    def accept(self, resolved: Resolved) -> None:
-        """Remember the row's pictures: their bytes will not be handed out again."""
+    def _accept(self, resolved: Resolved) -> None:
+        """Remember the pictures of a row that is used: their bytes will not be handed out again."""
         self._known.update(entry.picture.image_id for entry in resolved.entries() if entry.picture is not None)
         self._by_path |= self._fresh
 
@@ -121,7 +160,10 @@ class Resolver:
             self.paths.add(image)
             if image in self._by_path:
                 return Picture(self._by_path[image])
-            data = read_picture(image, policy.max_source_bytes)
+            ahead = self._ahead.get(image)
+            if isinstance(ahead, RejectedRow):
+                raise ahead
+            data = ahead if ahead is not None else read_picture(image, policy.max_source_bytes)
         else:
             data = image
         identifier = image_id(data)

@@ -24,8 +24,7 @@ from unime_ray.corpus.files import is_remote, picture_stamp
 from unime_ray.corpus.readers import read_unit
 from unime_ray.corpus.records import Record, Reject
 from unime_ray.corpus.resolve import Entry, Resolved, Resolver
-from unime_ray.corpus.units import STAGE, Unit
-from unime_ray.errors import RejectedRow
+from unime_ray.corpus.units import Unit
 from unime_ray.schemas import FLOATS, ID, IDS, IMAGES, ITEMS, REJECTS
 
 FLUSH_BYTES = 32 * 2**20
@@ -83,29 +82,18 @@ def stage_unit(
     rejects: list[Reject] = []
     rows: list[dict[str, Any]] = []
     with _Payload(number, folder) as payload:
-        for found in read_unit(unit, source, corpus):
-            resolved = _resolve(found, resolver)
-            if isinstance(resolved, Reject):
-                rejects.append(resolved)
-                continue
-            payload.add(resolved)
-            resolver.accept(resolved)
-            rows.append(_row(resolved, number, source_index))
+        for found in resolver.resolve_all(read_unit(unit, source, corpus)):
+            if isinstance(found, Reject):
+                rejects.append(found)
+            else:
+                payload.add(found)
+                rows.append(_row(found, number, source_index))
     paths = [(path, *picture_stamp(path)) for path in sorted(resolver.paths) if not is_remote(path)]
     _write(staged(folder, "rows", number), pa.Table.from_pylist(rows, ROWS))
     _write(staged(folder, "rejects", number), pa.Table.from_pylist([asdict(one) for one in rejects], REJECTS))
     _write(staged(folder, "paths", number), _paths_table(paths))
     has_candidates = any(row["candidate_ids"] is not None for row in rows)
     return UnitSummary(number, len(rows), len(rejects), payload.image_bytes, has_candidates)
-
-
-def _resolve(found: Record | Reject, resolver: Resolver) -> Resolved | Reject:
-    if isinstance(found, Reject):
-        return found
-    try:
-        return resolver.resolve(found)
-    except RejectedRow as error:
-        return Reject(found.source, found.row, STAGE, error.reason)
 
 
 def _row(resolved: Resolved, number: int, source_index: int) -> dict[str, Any]:

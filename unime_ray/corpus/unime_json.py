@@ -12,6 +12,8 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +21,7 @@ import pyarrow.dataset as pads
 
 from unime_ray.artifacts import Run, filesystem, join
 from unime_ray.config import Source
-from unime_ray.corpus.files import folder_of, open_file, stem
+from unime_ray.corpus.files import folder_of, open_file
 from unime_ray.corpus.images import extension
 from unime_ray.corpus.payload import Item, PayloadStore
 from unime_ray.corpus.records import Record, Reject
@@ -71,19 +73,9 @@ def _record(row: Any, number: int, source: Source, file: str) -> Record:
     scores = scores_of(row.get("hard_negatives_scores") or [], "hard_negatives_scores")
     if scores and len(scores) != len(negatives):
         raise RejectedRow(f"{len(negatives)} hard_negatives but {len(scores)} hard_negatives_scores")
-    pair = record_of(row, number, source, file)
     positive_score = row.get("query_pos_scores")
-    return Record(
-        source=file,
-        row=number,
-        role="pairs",
-        dataset=source.dataset or stem(file) if pair.dataset is None else pair.dataset,
-        split=pair.split,
-        meta_task=pair.meta_task,
-        row_id=pair.row_id,
-        query=pair.query,
-        positives=pair.positives,
-        relevances=pair.relevances,
+    return replace(
+        record_of(row, number, source, file),
         negatives=negatives,
         negative_scores=scores,
         positive_score=None if positive_score is None else scores_of([positive_score], "query_pos_scores")[0],
@@ -96,55 +88,67 @@ def _spans(file: str) -> Iterator[tuple[int, int]]:
     Raises:
         CorpusError: the file is no JSON list, is not UTF-8, or ends within it.
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with open_file(file) as stream:
-        pending, offset, row, opened = "", 0, 0, False
+        window, row = _Window(stream, file), 0
+        if window.peek() != "[":
+            raise CorpusError(f"{file}: not a JSON list; for one object a line use `format: jsonl`")
+        window.step(1)
+        while (char := window.peek()) != "]":
+            if not char:
+                raise CorpusError(f"{file}: the JSON list ends after row {row} without its closing bracket: cut short?")
+            row += 1
+            yield window.value(row)
+
+
+class _Window:
+    """The part of a file that is being looked at; `offset` is the byte offset of the next character."""
+
+    def __init__(self, stream: pa.NativeFile, file: str) -> None:
+        self._stream, self._file = stream, file
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text, self._at, self._ended = "", 0, False
+        self.offset = 0
+        self.peek()
+        if self._text.startswith("\ufeff"):
+            self.step(1)
+
+    def peek(self) -> str:
+        """The next character that is neither white space nor a comma, without taking it; empty at the end."""
         while True:
-            chunk = stream.read(
-                max(READ_BYTES, len(pending))
-            )  # doubling, so that a huge object is not parsed too often
-            pending += _decode(decoder, chunk, file)
-            if not opened and pending.strip():
-                offset, pending = _enter_list(pending, file)
-                opened = True
-            at = _skip(pending, 0)
-            offset += at
-            while at < len(pending) and pending[at] != "]":
-                try:
-                    _, end = DECODER.raw_decode(pending, at)
-                except json.JSONDecodeError as error:
-                    if not chunk or len(pending) - at > MAX_OBJECT_CHARS:
-                        raise CorpusError(f"{file}: row {row + 1} is not valid JSON: {error.msg}") from error
-                    break
-                if end == len(pending) and chunk:
-                    break  # a bare number might go on in the next chunk
-                row += 1
-                size = len(pending[at:end].encode())
-                yield offset, offset + size
-                after = _skip(pending, end)
-                offset, at = offset + size + after - end, after
-            pending = pending[at:]
-            if pending.startswith("]"):
-                return
-            if not chunk:
-                raise CorpusError(
-                    f"{file}: the JSON list ends after row {row} without its closing bracket; is it cut short?"
-                )
+            self.step(_skip(self._text, self._at) - self._at)
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._more()
 
+    def step(self, characters: int) -> None:
+        """Take so many characters."""
+        self.offset += len(self._text[self._at : self._at + characters].encode())
+        self._at += characters
 
-def _enter_list(text: str, file: str) -> tuple[int, str]:
-    """(byte offset after the opening bracket, the text after it)."""
-    start = _skip(text, 0)
-    if text[start] != "[":
-        raise CorpusError(f"{file}: not a JSON list; for one object a line use `format: jsonl`")
-    return start + 1, text[start + 1 :]
+    def value(self, row: int) -> tuple[int, int]:
+        """Take one JSON value; its first byte and the byte after its last."""
+        start = self.offset
+        while True:
+            try:
+                _, end = DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if self._ended or len(self._text) - self._at > MAX_OBJECT_CHARS:
+                    raise CorpusError(f"{self._file}: row {row} is not valid JSON: {error.msg}") from error
+            else:
+                if end < len(self._text) or self._ended:  # else a bare number might go on
+                    self.step(end - self._at)
+                    return start, self.offset
+            self._more()
 
-
-def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, file: str) -> str:
-    try:
-        return decoder.decode(chunk, final=not chunk)
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{file}: not valid UTF-8: {error.reason}") from error
+    def _more(self) -> None:
+        """Look further; twice as far each time, so that a huge object is not parsed too often."""
+        self._text, self._at = self._text[self._at :], 0
+        chunk = self._stream.read(max(READ_BYTES, len(self._text)))
+        self._ended = not chunk
+        try:
+            self._text += self._decoder.decode(chunk, final=self._ended)
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{self._file}: not valid UTF-8: {error.reason}") from error
 
 
 def _skip(text: str, at: int) -> int:
@@ -154,7 +158,7 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def export_unime_json(run: Run, judge: str, out_dir: Any) -> int:
+def export_unime_json(run: Run, judge: str, out_dir: str | Path) -> int:
     """Write `hard_negatives/<judge>` as `out_dir`/hard_negatives.json with its pictures in `out_dir`/images.
 
     Returns:

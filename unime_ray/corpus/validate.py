@@ -12,7 +12,6 @@ from unime_ray.corpus.readers import read_unit, work_units
 from unime_ray.corpus.records import Record, Reject
 from unime_ray.corpus.resolve import Resolver
 from unime_ray.corpus.units import STAGE
-from unime_ray.errors import RejectedRow
 
 SHOWN_REASONS = 10
 
@@ -76,11 +75,5 @@ def validate_corpus(corpus: CorpusConfig, limit: int | None = None) -> CorpusRep
 
 def _checked(source: Source, corpus: CorpusConfig) -> Iterator[Record | Reject]:
     for unit in work_units(source, corpus.rows_per_task):
-        resolver = Resolver(corpus)
-        for found in read_unit(unit, source, corpus):
-            if isinstance(found, Record):
-                try:
-                    resolver.accept(resolver.resolve(found))
-                except RejectedRow as error:
-                    found = Reject(found.source, found.row, STAGE, error.reason)
-            yield found
+        for found in Resolver(corpus).resolve_all(read_unit(unit, source, corpus)):
+            yield found if isinstance(found, Reject) else found.record
