@@ -18,9 +18,9 @@ from unime_ray.artifacts import Artifact, Manifest, Run, write_text
 from unime_ray.config import EmbedderConfig, JudgeConfig, RerankerConfig, RunConfig
 from unime_ray.evaluation.aggregate import comparisons, differences, metric_rows, stack_arms
 from unime_ray.evaluation.arms import Arm, arms_of
+from unime_ray.evaluation.protocol import load_protocol
 from unime_ray.evaluation.reranking import reranked_row, to_rerank
 from unime_ray.evaluation.retrieval import search
-from unime_ray.evaluation.protocol import load_protocol
 from unime_ray.evaluation.tables import per_query_schema
 from unime_ray.selection import query_rng, select_negatives
 
@@ -65,12 +65,19 @@ class SyntheticRun:
                 row = {"dataset": dataset, "split": split}
                 qrels.append(row | {"query_id": query, "item_id": item, "relevance": 1.0})
                 pools.append(row | {"item_id": item})
-            pools.append({"dataset": f"t2i{suffix}", "split": split, "item_id": other} if split == "train" else pools[-1])
+            pools.append(
+                {"dataset": f"t2i{suffix}", "split": split, "item_id": other} if split == "train" else pools[-1]
+            )
         self._payload()
         self.write("qrels", qrels, schemas.QRELS, stage="ingest")
         self.write("pools", pools, schemas.POOLS, stage="ingest")
         rejects = [
-            {"source": f"/data/{EVIL}.jsonl", "row": row, "stage": "ingest", "reason": f"image cannot be decoded: {EVIL}"}
+            {
+                "source": f"/data/{EVIL}.jsonl",
+                "row": row,
+                "stage": "ingest",
+                "reason": f"image cannot be decoded: {EVIL}",
+            }
             for row in range(3)
         ]
         self.write("rejects", rejects, schemas.REJECTS, name="ingest", stage="ingest")

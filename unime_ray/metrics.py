@@ -24,7 +24,8 @@ TIE_DECIMALS = 6
 
 def comparable(scores: ArrayLike) -> Floats:
     """Scores as they are compared: float64, rounded so that equal vectors tie whatever order they were summed in."""
-    return np.round(np.asarray(scores, dtype=np.float64), TIE_DECIMALS)
+    values: Floats = np.asarray(scores, dtype=np.float64)
+    return values.round(TIE_DECIMALS)
 
 
 def gold_ranks(scores: Floats, gold: Ints, known: Ints | None = None) -> Ints:

@@ -181,9 +181,7 @@ def test_too_many_queries_without_a_positive_stop_it(made: SyntheticRun) -> None
         run_evaluate(made.run, made.config, load=models(made))
 
 
-def test_results_and_report_follow(
-    measured: tuple[SyntheticRun, Manifest], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_and_report_follow(measured: tuple[SyntheticRun, Manifest], capsys: pytest.CaptureFixture[str]) -> None:
     made, _ = measured
     render_results(made.run, Console(width=120))
     shown = capsys.readouterr().out
@@ -191,9 +189,7 @@ def test_results_and_report_follow(
     assert run_report(made.run, made.config).counts["queries_shown"] > 0
 
 
-def test_the_synthetic_run_is_what_evaluate_writes(
-    measured: tuple[SyntheticRun, Manifest], tmp_path: Path
-) -> None:
+def test_the_synthetic_run_is_what_evaluate_writes(measured: tuple[SyntheticRun, Manifest], tmp_path: Path) -> None:
     """Keeps the fixture that the report is tested against honest."""
     made, _ = measured
     fake = full_run(tmp_path / "fake")

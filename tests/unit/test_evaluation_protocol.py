@@ -33,7 +33,9 @@ def load(
 ) -> Protocol:
     """A protocol from (dataset, split, query, item), (dataset, split, items) and (dataset, split, query, items)."""
     run = Run(str(tmp_path / "run"))
-    rows = [{"dataset": d, "split": s, "query_id": item(q), "item_id": item(i), "relevance": 1.0} for d, s, q, i in qrels]
+    rows = [
+        {"dataset": d, "split": s, "query_id": item(q), "item_id": item(i), "relevance": 1.0} for d, s, q, i in qrels
+    ]
     _write(run, "qrels", rows, schemas.QRELS)
     rows = [{"dataset": d, "split": s, "item_id": item(i)} for d, s, letters in pools for i in letters]
     _write(run, "pools", rows, schemas.POOLS)
@@ -69,7 +71,10 @@ def test_each_test_set_has_its_own_pool(tmp_path: Path) -> None:
         [("a", "test", "q", "x"), ("b", "test", "r", "y"), ("a", "train", "s", "z")],
         [("a", "test", "xm"), ("b", "test", "yn"), ("a", "train", "z")],
     )
-    assert [(one.dataset, [i[:1] for i in one.pool]) for one in protocol.sets] == [("a", [b"m", b"x"]), ("b", [b"n", b"y"])]
+    assert [(one.dataset, [i[:1] for i in one.pool]) for one in protocol.sets] == [
+        ("a", [b"m", b"x"]),
+        ("b", [b"n", b"y"]),
+    ]
     assert set(protocol.item_ids()) == {item(letter) for letter in "qrxymn"}
 
 
@@ -91,9 +96,7 @@ def test_the_query_itself_is_no_wrong_answer(tmp_path: Path) -> None:
 
 
 def test_listed_candidates_replace_the_pool(tmp_path: Path) -> None:
-    protocol = load(
-        tmp_path, [("a", "test", "q", "x")], [("a", "test", "xyz")], [("a", "test", "q", "xxzw")]
-    )
+    protocol = load(tmp_path, [("a", "test", "q", "x")], [("a", "test", "xyz")], [("a", "test", "q", "xxzw")])
     assert ranks(protocol, {"x": 0.5, "y": 0.9, "z": 0.8, "w": 0.7}) == {"x": 3}, "y is not listed, w only there"
 
 

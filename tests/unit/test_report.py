@@ -63,7 +63,7 @@ def text(made: SyntheticRun) -> str:
 def test_the_page_is_well_formed_and_has_every_section(text: str) -> None:
     page = Page(text)
     sections = [element["id"] for element in page.named("section")]
-    assert sections == ["results", "corpus", "stages", "training", "judges", "gallery", "provenance"]
+    assert sections == ["results", "answers", "corpus", "stages", "training", "judges", "gallery", "provenance"]
     assert [link["href"] for link in page.named("a")] == [f"#{name}" for name in sections]
 
 
@@ -173,7 +173,9 @@ def test_axes_have_round_ticks() -> None:
 
 
 def test_charts_place_their_data() -> None:
-    chart = interval_chart([{"value": 2.0, "low": 1.0, "high": 3.0}, {"value": -1.0, "low": None, "high": None}], zero=True)
+    chart = interval_chart(
+        [{"value": 2.0, "low": 1.0, "high": 3.0}, {"value": -1.0, "low": None, "high": None}], zero=True
+    )
     assert chart["rows"][0]["from"] < chart["rows"][0]["at"] < chart["rows"][0]["to"]
     assert chart["rows"][1]["from"] == chart["rows"][1]["at"] < chart["zero"]
     bars = histogram(score_counts([0.0, 0.01, 1.0, float("nan")], num_bins=4))

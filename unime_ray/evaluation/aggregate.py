@@ -138,7 +138,8 @@ def differences(
                 found = difference(float(means_AM[a, m] - means_AM[b, m]), samples_BAM[:, a, m] - samples_BAM[:, b, m])
                 shared = {"dataset": label, "split": groups[0].split, "kind": kind, "model": name, "against": against}
                 rows.append(
-                    shared | {"metric": metric, "value": found.value, "low": found.low, "high": found.high}
+                    shared
+                    | {"metric": metric, "value": found.value, "low": found.low, "high": found.high}
                     | {"share_not_better": found.share_not_better}
                 )
     return rows

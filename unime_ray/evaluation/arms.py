@@ -1,8 +1,8 @@
 """What is compared: the base embedder, every trained one, and every reranker on top of some of them.
 
-    base                          the checkpoint that mined
-    <embedder>                    one a section of `embedders`
-    <embedder>+<reranker>         the reranker on base and on the embedders trained with the reranker's judge
+base                          the checkpoint that mined
+<embedder>                    one a section of `embedders`
+<embedder>+<reranker>         the reranker on base and on the embedders trained with the reranker's judge
 """
 
 from __future__ import annotations
@@ -73,17 +73,13 @@ def _base(config: RunConfig) -> Arm:
 
 def _embedder(run: Run, config: RunConfig, name: str) -> Arm:
     section, trained = config.embedders[name], run.artifact("embedder", name)
-    checkpoint = Checkpoint(
-        trained.child("model"), None, section.dtype, section.pixels, config.evaluate.batch_tokens
-    )
+    checkpoint = Checkpoint(trained.child("model"), None, section.dtype, section.pixels, config.evaluate.batch_tokens)
     return Arm(name, RETRIEVE, name, None, config.judge_of(section), section.loss, checkpoint, trained)
 
 
 def _reranked(run: Run, config: RunConfig, name: str, below: Arm) -> Arm:
     section, trained = config.rerankers[name], run.artifact("reranker", name)
-    checkpoint = Checkpoint(
-        trained.child("model"), None, section.dtype, section.pixels, config.evaluate.batch_tokens
-    )
+    checkpoint = Checkpoint(trained.child("model"), None, section.dtype, section.pixels, config.evaluate.batch_tokens)
     judge = config.judge_of(section)
     return Arm(f"{below.name}+{name}", RERANK, below.embedder, name, judge, below.loss, checkpoint, trained)
 

@@ -83,7 +83,10 @@ class Evaluation:
         """The arm's per-query table, made unless it is there."""
         inputs = _tables(self.run) + ([arm.trained] if arm.trained else [])
         extra = {"base": base_revision(self.config)} if arm.name == BASE else {}
-        settings = _settings(self.config) | {"dtype": arm.checkpoint.dtype, "pixels": arm.checkpoint.pixels.model_dump()}
+        settings = _settings(self.config) | {
+            "dtype": arm.checkpoint.dtype,
+            "pixels": arm.checkpoint.pixels.model_dump(),
+        }
         if arm.stage != RETRIEVE:
             inputs.append(_artifact(self.run, arm.embedder))
             settings["mode"] = self.config.evaluate.reranker
@@ -158,7 +161,9 @@ def _summarise(run: Run, config: RunConfig, arms: list[Arm], metrics: Artifact) 
     rows = metric_rows(stacked, arms, settings)
     metrics.write(pa.Table.from_pylist(rows, METRICS), METRICS)
     _write_parquet(metrics.child("per_query.parquet"), stacked.long_table(arms))
-    write_text(metrics.child("differences.json"), json.dumps(differences(stacked, comparisons(arms), settings), indent=1))
+    write_text(
+        metrics.child("differences.json"), json.dumps(differences(stacked, comparisons(arms), settings), indent=1)
+    )
     write_text(metrics.child("arms.json"), json.dumps([arm.describe() for arm in arms], indent=1))
     judges = measure_judges(run, config)
     write_text(metrics.child("judges.json"), json.dumps(judges, indent=1))

@@ -36,7 +36,9 @@ class Progress:
         self.done += count
         self._bar.advance(self._task, count)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
         if self.total and kind is None:
             seconds = max(time.monotonic() - self._clock, 1e-9)

@@ -151,7 +151,8 @@ def _checked(
     rejects: list[dict[str, object]],
 ) -> TestSet:
     """The test set with only the golds that can be found; a query left without any becomes a reject."""
-    kept, extra = [], set()
+    kept: list[Query] = []
+    extra: set[bytes] = set()
     for row, query in enumerate(found.queries):
         listed = candidates.get((found.dataset, found.split, query.query_id))
         query.candidates = None if listed is None else sorted(set(listed))

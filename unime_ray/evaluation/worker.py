@@ -42,9 +42,7 @@ def load_model(kind: str, checkpoint: Checkpoint) -> Any:
     from unime_ray.models.reranker import Reranker
 
     folder = local_folder(checkpoint.model)
-    backbone = Backbone.load(
-        folder, revision=checkpoint.revision, dtype=checkpoint.dtype, pixels=checkpoint.pixels
-    )
+    backbone = Backbone.load(folder, revision=checkpoint.revision, dtype=checkpoint.dtype, pixels=checkpoint.pixels)
     return (Embedder if kind == "embedder" else Reranker)(backbone, checkpoint.batch_tokens)
 
 

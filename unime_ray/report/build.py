@@ -16,9 +16,10 @@ from markupsafe import Markup
 from unime_ray import __version__
 from unime_ray.artifacts import Manifest, Run, StageResult, run_stage, write_text
 from unime_ray.config import RunConfig
+from unime_ray.report.answers import answers_section
 from unime_ray.report.gallery import gallery
 from unime_ray.report.judges import judge_sections
-from unime_ray.report.pictures import Pictures
+from unime_ray.report.pictures import Instructions, Pictures
 from unime_ray.report.results import results_section
 from unime_ray.report.sections import corpus_section, manifests, provenance, stage_rows, training_curves
 
@@ -50,9 +51,13 @@ def render(run: Run, config: RunConfig) -> tuple[str, dict[str, int]]:
     """The page, and how much is on it."""
     found = manifests(run)
     pictures = Pictures()
-    cards = gallery(run, config, pictures)
+    instructions = Instructions.of(run)
+    cards = gallery(run, config, pictures, instructions)
+    results = results_section(run)
+    headline = results["headline"] if results else None
     sections: dict[str, Any] = {
-        "results": results_section(run),
+        "results": results,
+        "answers": answers_section(run, headline["steps"], pictures, instructions) if headline else [],
         "corpus": corpus_section(run, found),
         "stages": stage_rows(found),
         "curves": training_curves(run, found),
@@ -66,8 +71,8 @@ def render(run: Run, config: RunConfig) -> tuple[str, dict[str, int]]:
         "now": datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
         "seconds": sum(one.seconds for one in found.values()),
         "version": __version__,
-        "style": Markup(_template("style.css") + pictures.css),  # noqa: S704 - our own file and base64
-        "script": Markup(_template("page.js")),  # noqa: S704 - our own file
+        "style": Markup(_template("style.css") + pictures.css),
+        "script": Markup(_template("page.js")),
     }
     page = environment().get_template("report.html.j2").render(**frame, **sections)
     return page, {"queries_shown": len(cards), "judges": len(sections["judges"]), "curves": len(sections["curves"])}

@@ -95,7 +95,11 @@ def _first_reasons(kept: dict[str, Any]) -> dict[bytes, str]:
 
 
 def _fates(
-    row: dict[str, Any], judged: list[float | None], positive_score: float | None, similarity: float, config: SelectConfig
+    row: dict[str, Any],
+    judged: list[float | None],
+    positive_score: float | None,
+    similarity: float,
+    config: SelectConfig,
 ) -> Sequence[str]:
     if positive_score is None or not math.isfinite(positive_score):
         return [UNSCORED] * len(judged)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from unime_ray.artifacts import Run
 from unime_ray.config import RunConfig
-from unime_ray.corpus.payload import Item, PayloadStore
 from unime_ray.corpus.truth import Truth
 from unime_ray.report.fates import Candidate, Mined, load_mined
 from unime_ray.report.judges import sample_queries
-from unime_ray.report.pictures import Pictures
+from unime_ray.report.pictures import Instructions, Payload, Pictures
 from unime_ray.selection import DELTA, FALSE_NEGATIVE, KEPT, SPARE, UNSCORED
 
 NUM_QUERIES = 24
@@ -27,11 +24,9 @@ TITLES = {
     UNSCORED: "Not judged",
 }
 POOL = 600
-TEXT_CHARS = 160
-SHARED_TIMES = 5
 
 
-def gallery(run: Run, config: RunConfig, pictures: Pictures) -> list[dict[str, Any]]:
+def gallery(run: Run, config: RunConfig, pictures: Pictures, instructions: Instructions) -> list[dict[str, Any]]:
     """Cards of about NUM_QUERIES queries, each with one view per judge. Empty before mining is done."""
     judges = [name for name in config.judges if run.artifact("hard_negatives", name).manifest() is not None]
     if not judges:
@@ -41,7 +36,7 @@ def gallery(run: Run, config: RunConfig, pictures: Pictures) -> list[dict[str, A
     chosen = choose(mined[judges[0]])
     views = {query: {judge: mined[judge][query] for judge in judges if query in mined[judge]} for query in chosen}
     truth = Truth.load(config.evaluate.truth) if config.evaluate.truth else None
-    items = Payload(run, _needed(views), pictures, truth)
+    items = Payload(run, _needed(views), pictures, instructions, truth)
     return [_card(query, views[query], items) for query in chosen]
 
 
@@ -79,38 +74,6 @@ def _needed(views: dict[bytes, dict[str, Mined]]) -> list[bytes]:
     return list(wanted)
 
 
-class Payload:
-    """Items ready to be shown: text, picture class, and the concept that a truth table knows them by.
-
-    A text that many pictures share is an instruction rather than content: `shared`.
-    """
-
-    def __init__(self, run: Run, ids: Sequence[bytes], pictures: Pictures, truth: Truth | None) -> None:
-        store = PayloadStore(run.artifact("images").data_uri, run.artifact("items").data_uri)
-        found = store.items(list(ids)) if ids else []
-        texts = Counter(item.text for item in found if item.image_id is not None)
-        shared = {text for text, times in texts.items() if times >= SHARED_TIMES}
-        self._shown = {item.item_id: self._show(item, pictures, item.text in shared) for item in found}
-        self._truth = truth
-        self._concepts = {item.item_id: truth.concept(item.text, item.image_id) for item in found} if truth else {}
-
-    def __getitem__(self, identifier: bytes) -> dict[str, Any]:
-        return self._shown[identifier]
-
-    def relevance(self, query: bytes, item: bytes) -> float | None:
-        """True relevance, or None where it is not known."""
-        pair = self._concepts.get(query), self._concepts.get(item)
-        return None if self._truth is None or None in pair else self._truth.relevance(*pair)
-
-    @staticmethod
-    def _show(item: Item, pictures: Pictures, shared: bool) -> dict[str, Any]:
-        text = (item.text or "").strip()
-        short = text if len(text) <= TEXT_CHARS else text[: TEXT_CHARS - 1].rstrip() + "…"
-        name = pictures.name(item.image_id, item.image) if item.image_id and item.image else None
-        has_picture = item.image_id is not None
-        return {"text": short, "picture": name, "has_picture": has_picture, "shared": shared and has_picture}
-
-
 def _card(query: bytes, by_judge: dict[str, Mined], items: Payload) -> dict[str, Any]:
     first = next(iter(by_judge.values()))
     shape = f"{_kind(items[query])} to {_kind(items[first.positive_id])}"
@@ -120,7 +83,7 @@ def _card(query: bytes, by_judge: dict[str, Mined], items: Payload) -> dict[str,
 
 def _kind(item: dict[str, Any]) -> str:
     if item["has_picture"]:
-        return "picture and text" if item["text"] and not item["shared"] else "picture"
+        return "picture and text" if item["text"] else "picture"
     return "text"
 
 

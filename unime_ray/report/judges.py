@@ -56,7 +56,12 @@ def _distributions(run: Run, judge: str, config: RunConfig) -> dict[str, Any]:
             if candidate.score is not None and candidate.fate in scores:
                 scores[candidate.fate].append(candidate.score)
     rows = [
-        {"key": key.replace(" ", "-"), "label": label, "mean": float(np.mean(scores[key])), "chart": histogram(score_counts(scores[key]))}
+        {
+            "key": key.replace(" ", "-"),
+            "label": label,
+            "mean": float(np.mean(scores[key])),
+            "chart": histogram(score_counts(scores[key])),
+        }
         for key, label in GROUPS
         if scores[key]
     ]
@@ -68,7 +73,8 @@ def _truth(found: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     largest = max((one["count"] for one in found["bins"]), default=1)
     points = [
-        one | {"x": 100 * one["mean_score"], "y": 100 - 100 * one["share_true"]}
+        one
+        | {"x": 100 * one["mean_score"], "y": 100 - 100 * one["share_true"]}
         | {"radius": 1.6 + 3.4 * float(np.sqrt(one["count"] / largest))}
         for one in found["bins"]
     ]

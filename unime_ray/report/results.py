@@ -94,7 +94,8 @@ def _differences(
     for kind, title in kinds.items():
         found = [row for row in differences if row["kind"] == kind and row["metric"] == metric]
         rows = [
-            {"dataset": row["dataset"], "arm": arms[row["model"]], "against": row["against"]} | _percent(row)
+            {"dataset": row["dataset"], "arm": arms[row["model"]], "against": row["against"]}
+            | _percent(row)
             | {"clear": row["low"] is not None and (row["low"] > 0 or row["high"] < 0)}
             for row in sorted(found, key=lambda row: row["dataset"] != MEAN)
         ]

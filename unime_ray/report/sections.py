@@ -64,7 +64,7 @@ def _keyed(table: pa.Table, column: str) -> dict[tuple[str, str], int]:
 def _rejects(run: Run, found: dict[str, Manifest]) -> list[dict[str, Any]]:
     """Rejected rows by stage, with the most frequent reasons and the first rows."""
     sections = []
-    for key, manifest in found.items():
+    for manifest in found.values():
         if manifest.table == "rejects" and manifest.rows:
             rows = run.artifact("rejects", manifest.name).read().to_pylist()
             reasons = Counter(_reason_kind(row["reason"]) for row in rows).most_common(REASONS_SHOWN)
@@ -80,8 +80,9 @@ def _reason_kind(reason: str) -> str:
 def stage_rows(found: dict[str, Manifest]) -> list[dict[str, Any]]:
     """One row an artifact with its share of the time."""
     total = max((manifest.seconds for manifest in found.values()), default=0.0) or 1.0
+    width = {key: round(100 * manifest.seconds / total, 2) for key, manifest in found.items()}
     return [
-        {"key": key, "manifest": manifest, "width": round(100 * manifest.seconds / total, 2), "counts": _flat(manifest.counts)}
+        {"key": key, "manifest": manifest, "width": width[key], "counts": _flat(manifest.counts)}
         for key, manifest in found.items()
         if manifest.table != "rejects"
     ]
