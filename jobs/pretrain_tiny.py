@@ -83,15 +83,19 @@ def _print(numbers: dict[str, float]) -> None:
 
 def train_on_ray(settings: dict) -> None:
     """The same loop as one Ray Train worker, so that it can be submitted to a cluster."""
-    import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    ray.init(ignore_reinit_error=True)
-    settings = settings | {"out": str(Path(settings["out"]).resolve())}
-    scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": settings["threads"]})
-    run = RunConfig(name="pretrain_tiny", storage_path=str(Path(settings["out"]) / "ray"))
-    TorchTrainer(train, train_loop_config=settings, scaling_config=scaling, run_config=run).fit()
+    from unime_ray.cluster import connected
+
+    out = Path(settings["out"]).resolve()
+    with connected():
+        TorchTrainer(
+            train,
+            train_loop_config=settings | {"out": str(out)},
+            scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": settings["threads"]}),
+            run_config=RunConfig(name="pretrain_tiny", storage_path=str(out / "ray")),
+        ).fit()
 
 
 def main(arguments: list[str] | None = None) -> int:

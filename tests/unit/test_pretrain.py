@@ -17,7 +17,8 @@ from PIL import Image
 from unime_ray.errors import CorpusError, TrainingError
 from unime_ray.train import pretrain, pretrain_data
 from unime_ray.train.augment import augment
-from unime_ray.train.pretrain_step import BatchShape, contrastive_loss, plan_batch
+from unime_ray.train.pretrain_losses import contrastive_loss
+from unime_ray.train.pretrain_plan import BatchShape, plan_batch
 from unime_ray.train.rows import Rows, attention_bias, image_chunk, join, text_chunk
 
 SMALL = {"hidden": 64, "layers": 2, "intermediate": 96, "vision_width": 64, "vision_depth": 2, "kv_heads": 1}
@@ -84,6 +85,7 @@ def test_fast_forward_equals_transformers_on_every_branch(trainer: pretrain.Pret
     with torch.no_grad():
         fast = trainer.losses.states(plan, patches)
         for group, rows in plan.groups.items():
+            assert rows.width, group
             ids, branch, _ = rows.tensors()
             alone = _sequences(ids, branch)
             reference = _transformers_states(trainer, [sequence for *_, sequence in alone], patches)

@@ -1,8 +1,8 @@
 """Pretrains the tiny Qwen2-VL from scratch on one CPU core, resumable, to a wall-clock budget.
 
 The learning rate follows the elapsed time, so a run always ends annealed whatever the machine's speed. What this
-module doesn't know: where the pictures come from (`pretrain_data`), what a step's losses are (`pretrain_step`) and how
-good the result is (`pretrain_eval`).
+module doesn't know: where the pictures come from (`pretrain_data`), what a step is made of (`pretrain_plan`,
+`pretrain_losses`) and how good the result is (`pretrain_eval`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from unime_ray.corpus.demo_rows import PRETRAINING_ARTISTS
 from unime_ray.errors import TrainingError
 from unime_ray.train.augment import augment
 from unime_ray.train.pretrain_data import Neighbours, Pictures, choose_concepts, choose_pictures, load_pictures
-from unime_ray.train.pretrain_step import BatchShape, Losses, Vocabulary, plan_batch
+from unime_ray.train.pretrain_losses import Losses
+from unime_ray.train.pretrain_plan import BatchShape, Vocabulary, plan_batch
 from unime_ray.train.pretrain_tokenizer import build_tokenizer, special_ids
 from unime_ray.train.tiny_model import PATCH, PIXELS, build_tiny, tiny_config, to_patches
 
@@ -48,7 +49,7 @@ class PretrainConfig:
     clip: float = 1.0
     hard_from: float = 0.05  # hard negatives ramp in between these shares of the budget
     hard_to: float = 0.35
-    ema: float = 0.998
+    ema: float = 0.995
     seed: int = 0
     dtype: str = "bfloat16"
     optimizer: str = "muon"

@@ -109,8 +109,8 @@ class Rows:
 
     @property
     def width(self) -> int:
-        """T: tokens of the longest row."""
-        return max(self._used)
+        """T: tokens of the longest row; 0 if there is none."""
+        return max(self._used, default=0)
 
 
 def attention_bias(branch_BT: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,8 @@
-"""One step of pretraining: which rows a batch of pictures makes, and the losses on them.
+"""Which rows a batch of pictures makes: embeddings, captions, Yes/No lists and a few listwise prompts.
 
-Four losses share one pass of the vision tower: captioning (the name follows the picture), the contrastive loss on the
-last token's state, Yes/No in the judge's own prompt, and a little of the listwise prompt. Labels are by emoji: another
-artist's picture of the same emoji is "Yes", another tone or gender of it is "No".
+Labels are by emoji: another artist's picture of the same emoji is "Yes", another tone or gender of it is "No".
 
-Shapes: B rows, T tokens, Q queries, K candidates, D width, V vocabulary.
+Shapes: C concepts of the batch, 2C pictures, K candidates of a list.
 """
 
 from __future__ import annotations
@@ -13,32 +11,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
-from transformers import Qwen2VLForConditionalGeneration
 
 from unime_ray import prompts
 from unime_ray.train import pretrain_tokenizer as words
 from unime_ray.train.pretrain_data import Neighbours, Pictures
-from unime_ray.train.rows import Chunk, Placed, Rows, attention_bias, image_chunk, join, text_chunk
-from unime_ray.train.tiny_model import IMAGE_TOKENS, FastText, FastVision
+from unime_ray.train.rows import Chunk, Placed, Rows, image_chunk, join, text_chunk
+from unime_ray.train.tiny_model import IMAGE_TOKENS
 
 
 @dataclass(frozen=True)
 class BatchShape:
     """How much of everything a step holds."""
 
-    concepts: int = 48
+    concepts: int = 40
     cluster: int = 4
-    picture_lists: int = 24  # text queries, each with 4 picture candidates
-    name_lists: int = 24  # picture queries, each with 8 names
+    picture_lists: int = 32  # text queries, each with 4 picture candidates
+    name_lists: int = 28  # picture queries, each with 8 names
     twin_lists: int = 8  # picture queries, each with 3 pictures
-    text_lists: int = 6  # text queries, each with 8 names
-    listwise: int = 6
+    text_lists: int = 4  # text queries, each with 8 names
+    listwise: int = 4
     temperature: float = 0.05
     weights: dict[str, float] = field(
-        default_factory=lambda: {"caption": 1.0, "contrast": 1.0, "judge": 1.0, "listwise": 0.15}
+        default_factory=lambda: {"caption": 0.7, "contrast": 1.0, "judge": 2.5, "listwise": 0.15}
     )
 
 
@@ -116,7 +110,7 @@ def plan_batch(
 
     `hard` in [0, 1]: 0 draws judge negatives at random, 1 nearly always takes what the model confuses most.
     """
-    groups = {name: Rows() for name in ("short", "pictures", "names")}
+    groups = {name: Rows() for name in ("short", "pictures", "names", "lists")}
     plan = Plan(groups, [], [], [], [], [], concepts, np.repeat(np.arange(len(concepts)), 2))
     _plan_embeddings(plan, vocabulary, rng)
     batch = _BatchNegatives(neighbours, concepts, hard, rng)
@@ -171,9 +165,13 @@ class _BatchNegatives:
         self.alike = text @ picture.T + picture @ text.T + picture @ picture.T
         self.near = neighbours.nearest(concepts, 20)
 
+    def _hardness(self) -> float:
+        """Each list has its own, up to the batch's: without easy negatives among them the easy ones are unlearnt."""
+        return self.hard * float(self.rng.uniform(0.1, 1.0))
+
     def in_batch(self, c: int, count: int) -> np.ndarray:
         """`count` other rows of the batch; Gumbel noise over the likeness makes the draw soft."""
-        keys = 8.0 * self.hard * self.alike[c] + self.rng.gumbel(size=len(self.concepts))
+        keys = 8.0 * self._hardness() * self.alike[c] + self.rng.gumbel(size=len(self.concepts))
         keys[c] = -np.inf
         return np.argsort(-keys)[:count]
 
@@ -181,11 +179,12 @@ class _BatchNegatives:
         """`count` different other concepts: near ones, kin, and random ones."""
         chosen: dict[int, None] = {}
         own, kin = int(self.concepts[c]), self.kin[self.concepts[c]]
+        hard = 0.7 * self._hardness()
         while len(chosen) < count:
             draw = self.rng.random()
-            if draw < 0.6 * self.hard:
+            if draw < hard:
                 pick = int(self.near[c][min(self.near.shape[1] - 1, int(self.rng.exponential(6)))])
-            elif draw < 0.6 * self.hard + 0.2 and len(kin):
+            elif draw < hard + 0.2 and len(kin):
                 pick = int(self.rng.choice(kin))
             else:
                 pick = int(self.rng.integers(len(self.kin)))
@@ -229,109 +228,12 @@ def _listwise(plan: Plan, vocabulary: Vocabulary, c: int, batch: _BatchNegatives
         listed = batch.anywhere(c, int(rng.integers(3, 8)))
         place = int(rng.integers(len(listed) + 1))
         query = join(vocabulary.picture(2 * c + int(rng.integers(2))), vocabulary.name_it)
-        shown, group = vocabulary.name_list([*listed[:place], int(plan.concepts[c]), *listed[place:]]), "names"
+        shown = vocabulary.name_list([*listed[:place], int(plan.concepts[c]), *listed[place:]])
     else:
         slots = [2 * int(o) + int(rng.integers(2)) for o in batch.in_batch(c, 3)]
         slots.insert(place, 2 * c + int(rng.integers(2)))
         query = join(vocabulary.find, vocabulary.names[plan.concepts[c]])
-        shown, group = vocabulary.picture_list(slots), "pictures"
+        shown = vocabulary.picture_list(slots)
     prefix = join(vocabulary.listwise, query, vocabulary.slot)
-    placed = plan.groups[group].add(prefix, [join(shown, vocabulary.answer)])
-    plan.choices.append((group, placed[0], vocabulary.numbers[place]))
-
-
-class Losses:
-    """Runs a plan through the model. Gives the total loss, its parts, and the new embeddings of the concepts."""
-
-    def __init__(self, model: Qwen2VLForConditionalGeneration, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
-        self.table = model.model.language_model.embed_tokens.weight
-        self.vision, self.text = FastVision(model.model.visual), FastText(model.model.language_model)
-        self.vocabulary, self.dtype = vocabulary, dtype
-
-    def states(self, plan: Plan, patches: Tensor) -> dict[str, Tensor]:
-        """Last hidden states (B, T, D) of each group of rows."""
-        features = self.vision(patches.to(self.dtype))
-        table = torch.cat([self.table.to(self.dtype), features.flatten(0, 1)])
-        hidden = {}
-        for name, rows in plan.groups.items():
-            ids, branch, positions = rows.tensors()
-            cos, sin = self.text.rope(positions, self.dtype)
-            embedded = functional.embedding(ids, table)
-            hidden[name] = self.text(embedded, cos, sin, attention_bias(branch, self.dtype))
-        return hidden
-
-    def __call__(self, plan: Plan, patches: Tensor, shape: BatchShape) -> tuple[Tensor, dict[str, float], Tensor]:
-        hidden = self.states(plan, patches)
-        captions = [
-            (group, column, place.row) for group, place, _ in plan.captions for column in range(place.start, place.end)
-        ]
-        targets = torch.from_numpy(np.concatenate([target for _, _, target in plan.captions]))
-        caption = functional.cross_entropy(self._logits(_read(hidden, captions)), targets)
-        queries, candidates = self._ends(hidden, plan.query_ends), self._ends(hidden, plan.candidate_ends)
-        contrast = contrastive_loss(queries, candidates, plan.of_picture, shape.temperature)
-        judge, accuracy = self._judge(hidden, plan)
-        parts = {"caption": caption, "contrast": contrast, "judge": judge}
-        if plan.choices:
-            spots = [(group, place.end - 1, place.row) for group, place, _ in plan.choices]
-            answers = torch.tensor([answer for _, _, answer in plan.choices])
-            parts["listwise"] = functional.cross_entropy(self._logits(_read(hidden, spots)), answers)
-        total = sum((shape.weights[name] * loss for name, loss in parts.items()), torch.zeros(()))
-        numbers = {name: float(loss.detach()) for name, loss in parts.items()} | {"judge_accuracy": accuracy}
-        return total, numbers, candidates.detach()
-
-    def _logits(self, states: Tensor) -> Tensor:
-        return functional.linear(states, self.table.to(self.dtype)).float()
-
-    def _ends(self, hidden: dict[str, Tensor], ends: list[tuple[str, Placed]]) -> Tensor:
-        states = _read(hidden, [(group, place.end - 1, place.row) for group, place in ends])
-        return functional.normalize(states.float(), dim=-1)
-
-    def _judge(self, hidden: dict[str, Tensor], plan: Plan) -> tuple[Tensor, float]:
-        """Cross-entropy over the whole vocabulary at the first answer token, weighted within each list."""
-        spots = [(group, place.end - 1, place.row) for group, place, _, _ in plan.verdicts]
-        labels = torch.tensor([label for _, _, label, _ in plan.verdicts])
-        weights = torch.tensor([weight for *_, weight in plan.verdicts])
-        logits = self._logits(_read(hidden, spots))
-        answers = torch.where(labels, self.vocabulary.yes, self.vocabulary.no)
-        losses = functional.cross_entropy(logits, answers, reduction="none")
-        said_yes = logits[:, self.vocabulary.yes] > logits[:, self.vocabulary.no]
-        right = (said_yes == labels).float()
-        return (losses * weights).sum() / weights.sum(), float((right * weights).sum() / weights.sum())
-
-
-def _read(hidden: dict[str, Tensor], spots: list[tuple[str, int, int]]) -> Tensor:
-    """States (n, D) at (group, column, row), in the order asked for."""
-    found: Tensor | None = None
-    for name, states in hidden.items():
-        chosen = [index for index, spot in enumerate(spots) if spot[0] == name]
-        if not chosen:
-            continue
-        flat = torch.tensor([spots[index][2] * states.shape[1] + spots[index][1] for index in chosen])
-        part = states.flatten(0, 1)[flat]
-        if len(chosen) == len(spots):
-            return part
-        base = states.new_zeros(len(spots), states.shape[-1]) if found is None else found
-        found = base.index_put((torch.tensor(chosen),), part)
-    assert found is not None
-    return found
-
-
-def contrastive_loss(queries: Tensor, candidates: Tensor, of_picture: np.ndarray, temperature: float) -> Tensor:
-    """InfoNCE both ways over texts and pictures together, one term a positive pair.
-
-    Queries and candidates (C + 2C, D) hold a text per concept, then the pictures. Positives: the same concept in the
-    other modality or by the other artist. A text query and its own name, a picture and itself, count as neither; other
-    positives of a query are left out of its denominator.
-    """
-    concepts = len(queries) - len(of_picture)
-    owner = torch.from_numpy(np.concatenate([np.arange(concepts), of_picture]))
-    same = owner[:, None] == owner[None, :]
-    ignored = torch.eye(len(queries), dtype=torch.bool)
-    positive = same & ~ignored
-    scores = queries @ candidates.T / temperature
-    loss = torch.zeros(())
-    for logits, right in ((scores, positive), (scores.T, positive.T)):
-        negatives = logits.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
-        terms = functional.softplus(negatives - logits)
-        loss = loss + (terms * right).sum() / right.sum() / 2
-    return loss
+    placed = plan.groups["lists"].add(prefix, [join(shown, vocabulary.answer)])
+    plan.choices.append(("lists", placed[0], vocabulary.numbers[place]))
