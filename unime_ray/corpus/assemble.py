@@ -22,7 +22,6 @@ from unime_ray.corpus.staging import UnitSummary, read_staged, staged
 from unime_ray.corpus.units import STAGE
 from unime_ray.schemas import EVAL_CANDIDATES, HARD_NEGATIVES, ID, POOLS, QRELS, REJECTS, conform
 
-SCAN_ROWS = 256
 ROW_COLUMNS = ["unit", "source_index", "source", "row", "dataset", "split", "meta_task", "row_id", "query_id"]
 ROW_COLUMNS += ["positive_ids", "relevances", "negative_ids", "negative_scores", "positive_score", "item_id"]
 
@@ -185,10 +184,12 @@ def kept_batches(
         fs, path = filesystem(staged(folder, table, number))
         at = 0
         with fs.open_input_file(path) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(SCAN_ROWS, use_threads=False):
-                kept = batch.filter(pa.array(mask[at : at + batch.num_rows]))
-                at += batch.num_rows
-                yield from conform(pa.table(kept), schema, table).to_batches()
+            parquet = pq.ParquetFile(stream)
+            for group in range(parquet.num_row_groups):  # each was flushed at a bounded size, whatever its rows
+                rows = parquet.read_row_group(group, use_threads=False)
+                kept = rows.filter(pa.array(mask[at : at + rows.num_rows]))
+                at += rows.num_rows
+                yield from conform(kept, schema, table).to_batches()
 
 
 def digest(*columns: pa.ChunkedArray | pa.Array) -> str:
