@@ -1,0 +1,117 @@
+"""What of a run is served: the embedder and reranker chosen, where they lie, and which revision they are."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from unime_ray.artifacts import Run, filesystem
+from unime_ray.config import PixelBudget, RunConfig, nearest
+from unime_ray.corpus.payload import PayloadStore
+from unime_ray.errors import ConfigError
+from unime_ray.serve.config import ServeConfig
+
+BASE, NO_RERANKER = "base", "none"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model by the name its users call it, with how it is loaded."""
+
+    name: str
+    path: str
+    revision: str
+    dim: int
+    """Width of its hidden states, and so of its vectors."""
+    hub_revision: str | None
+    dtype: str
+    pixels: PixelBudget
+    batch_tokens: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything a replica needs to know; small, so that it travels with the deployment."""
+
+    run: Run
+    embedder: Checkpoint
+    reranker: Checkpoint | None
+    config: ServeConfig
+
+    def payload(self) -> PayloadStore:
+        return PayloadStore(self.run.artifact("images").data_uri, self.run.artifact("items").data_uri)
+
+
+def resolve_bundle(run: Run, config: RunConfig, serve: ServeConfig) -> Bundle:
+    """Choose the models and find their revisions.
+
+    Raises:
+        ConfigError: `serve.embedder` or `serve.reranker` names none that the run has.
+        ArtifactError: ingest has not run.
+        ModelError: a checkpoint is not there.
+    """
+    for table in ("images", "items", "pools"):
+        run.artifact(table).require()
+    return Bundle(run, _embedder(run, config, serve), _reranker(run, config, serve), serve)
+
+
+def _embedder(run: Run, config: RunConfig, serve: ServeConfig) -> Checkpoint:
+    trained = _trained(run, "embedder", tuple(config.embedders))
+    name = serve.embedder or (trained[-1] if trained else BASE)
+    section = config.embed
+    if name == BASE:
+        return _checkpoint(name, section.model, section.revision, section.dtype, section.pixels, section.batch_tokens)
+    _check("serve.embedder", name, [BASE, *trained])
+    pixels = config.embedders[name].pixels if name in config.embedders else section.pixels
+    return _checkpoint(name, _local(run, "embedder", name), None, section.dtype, pixels, section.batch_tokens)
+
+
+def _reranker(run: Run, config: RunConfig, serve: ServeConfig) -> Checkpoint | None:
+    trained = _trained(run, "reranker", tuple(config.rerankers))
+    name = serve.reranker or (trained[-1] if trained else NO_RERANKER)
+    if name == NO_RERANKER:
+        return None
+    _check("serve.reranker", name, [NO_RERANKER, *trained])
+    section = config.rerankers.get(name)
+    pixels = section.pixels if section is not None else config.embed.pixels
+    path = _local(run, "reranker", name)
+    return _checkpoint(name, path, None, config.embed.dtype, pixels, config.evaluate.batch_tokens)
+
+
+def _trained(run: Run, kind: str, declared: tuple[str, ...]) -> list[str]:
+    """Names of the run's finished models of a kind: those of the config in its order, then any others."""
+    there = [artifact.name for artifact in run.artifacts() if artifact.table == kind and artifact.name]
+    return [name for name in there if name not in declared] + [name for name in declared if name in there]
+
+
+def _check(key: str, name: str, valid: list[str]) -> None:
+    if name not in valid:
+        raise ConfigError(f"{key}: the run has no {name!r}{nearest(name, valid)}")
+
+
+def _checkpoint(
+    name: str, model: str, hub_revision: str | None, dtype: str, pixels: PixelBudget, batch_tokens: int
+) -> Checkpoint:
+    from transformers import AutoConfig
+
+    from unime_ray.models.names import model_revision, resolve_model
+
+    path = resolve_model(model)
+    revision = model_revision(path, hub_revision)
+    dim = AutoConfig.from_pretrained(path, revision=hub_revision).get_text_config().hidden_size
+    return Checkpoint(name, path, revision, dim, hub_revision, dtype, pixels, batch_tokens)
+
+
+def _local(run: Run, kind: str, name: str) -> str:
+    """The checkpoint's folder; one that lies in a bucket is copied next to the process."""
+    uri = run.artifact(kind, name).child("model")
+    fs, path = filesystem(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        return path
+    target = Path(tempfile.mkdtemp(prefix="unime-ray-model-")) / name
+    target.mkdir()
+    pafs.copy_files(path, str(target), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+    return str(target)

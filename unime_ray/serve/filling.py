@@ -1,0 +1,74 @@
+"""What the retriever does beside answering: embed what has no vector yet, follow other replicas, rebuild.
+
+At a first start (or under a new embedder) the run's pool is embedded by the serving encoder, part by part; every part
+is kept, so that a restart goes on. Live items of another revision follow, then the loop watches for writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from unime_ray.corpus.payload import Item
+from unime_ray.serve.deadline import Deadline
+from unime_ray.serve.errors import StageFailed
+from unime_ray.serve.retriever import RetrieverEngine
+from unime_ray.serve.stages import Encoded, EncoderStage
+
+log = logging.getLogger("ray.serve.unime")
+CHUNK = 128
+CHUNK_MS = 120_000
+PAUSE_SECONDS = 1.0
+REBUILD_SECONDS = 15.0
+"""While the pool fills, what is there becomes searchable this often."""
+
+
+async def keep_fresh(engine: RetrieverEngine, encoder: EncoderStage) -> None:
+    """Runs for as long as the replica."""
+    await fill(engine, encoder)
+    while True:
+        await asyncio.sleep(engine.config.refresh_seconds)
+        await asyncio.to_thread(engine.refresh)
+        if engine.catalog.stale:
+            await reembed(engine, encoder)
+        if engine.needs_rebuild():
+            await asyncio.to_thread(engine.rebuild)
+
+
+async def fill(engine: RetrieverEngine, encoder: EncoderStage) -> None:
+    """Embed the pool items without a vector."""
+    missing, built = engine.missing, time.monotonic()
+    if not missing:
+        return
+    log.info("embedding %d of the pool's items with the served embedder", len(missing))
+    for start in range(0, len(missing), CHUNK):
+        ids = missing[start : start + CHUNK]
+        items = await asyncio.to_thread(engine.payload.items, ids)
+        encoded = await _patiently(encoder, items)
+        await asyncio.to_thread(engine.take_in, ids, encoded.vectors, encoded.errors)
+        if time.monotonic() - built > REBUILD_SECONDS:
+            await asyncio.to_thread(engine.rebuild)
+            built = time.monotonic()
+    await asyncio.to_thread(engine.rebuild)
+
+
+async def reembed(engine: RetrieverEngine, encoder: EncoderStage) -> None:
+    """Give live items of another revision a vector of this one."""
+    rows = engine.catalog.stale[:CHUNK]
+    items = await asyncio.to_thread(engine.live.items, [row.row for row in rows])
+    encoded = await _patiently(encoder, items)
+    good = [place for place, error in enumerate(encoded.errors) if error is None]
+    kept = [rows[place] for place in good], [items[place] for place in good], encoded.vectors[good]
+    await asyncio.to_thread(engine.reembedded, *kept)
+
+
+async def _patiently(encoder: EncoderStage, items: Sequence[Item]) -> Encoded:
+    """Ask until the encoder answers: at a start it may still be loading, under load its queue may be full."""
+    while True:
+        try:
+            return await encoder.embed(items, Deadline.after_ms(CHUNK_MS))
+        except StageFailed as failure:
+            log.warning("embedding waits: %s", failure)
+            await asyncio.sleep(PAUSE_SECONDS)
