@@ -2,7 +2,7 @@
 
 For one query q with one positive c+, candidates c ranked by similarity x:
 
-1. delta: only candidates with x < delta stay (Eq. 1; `positive` is delta = sim(q, c+), the rule of the paper's Figure 2).
+1. delta: only candidates with x < delta stay (Eq. 1; `positive` is delta = sim(q, c+), as in the paper's Figure 2).
 2. false negatives: a score above alpha = sigma(q, c+) - beta says that the candidate answers the query too; it goes.
 3. cyclical sampling in five-step intervals over the rest: ranks 0, 5, 10, ..., then 1, 6, 11, ..., until n are taken.
 4. fewer than n left: the taken ones repeat, in the same order, up to n. None left: the fallback.
