@@ -15,7 +15,7 @@ from unime_ray.artifacts import Manifest, Run
 from unime_ray.config import EmbedderConfig, LoraConfig, PixelBudget, RerankerConfig
 from unime_ray.schemas import HARD_NEGATIVES, IMAGES, ITEMS
 from unime_ray.train.data import prepare_examples
-from unime_ray.train.worker import TrainingJob
+from unime_ray.train.job import TrainingJob
 
 NUM_QUERIES = 14
 NUM_NEGATIVES = 3
@@ -96,10 +96,10 @@ def gradients(
     root: Path, section: EmbedderConfig | RerankerConfig, step: int = 1
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Global loss and gradient of one step on this process's rank, in the process group there is (or none)."""
-    from unime_ray.train import embedder, reranker, worker
+    from unime_ray.train import embedder_objective, reranker_objective, worker
     from unime_ray.train.loop import Stepper
 
-    kind = embedder if isinstance(section, EmbedderConfig) else reranker
+    kind = embedder_objective if isinstance(section, EmbedderConfig) else reranker_objective
     setting = worker.prepare(job_of(root, section), section, torch.device("cpu"))
     objective = kind.make_objective(setting)
     stepper = Stepper(objective, section)

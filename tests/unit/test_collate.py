@@ -17,7 +17,7 @@ from unime_ray.losses import PADDING_KEY
 from unime_ray.models.backbone import Backbone
 from unime_ray.train.collate import SegmentStore, embedder_micro_batch, in_batch_info, prefetch, split
 from unime_ray.train.data import Example
-from unime_ray.train.reranker import ranking_task
+from unime_ray.train.reranker_objective import ranking_task
 
 BROKEN = make_item(None, b"no picture")
 ITEMS = [make_item(f"text {n}") for n in range(6)] + [make_item(None, picture(n, 32, 32)) for n in range(3)]

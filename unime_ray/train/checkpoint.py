@@ -1,4 +1,4 @@
-"""What a training run leaves behind on its way: checkpoints it can go on from, and the log of its steps.
+"""Checkpoints that a training run can go on from.
 
 A checkpoint holds the trainable weights, the optimizer's state, the position (step, epoch, batch) and what run it
 belongs to. The learning rate is a function of the step and the random numbers of a step are seeded by (seed, step,
@@ -8,15 +8,11 @@ and only then records it, so a half-written one is never taken.
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from unime_ray.artifacts import read_text, write_text
 from unime_ray.errors import TrainingError
 
 FILE = "state.pt"
@@ -66,37 +62,3 @@ def load_checkpoint(
             weight.copy_(state["model"][name])
     optimizer.load_state_dict(state["optimizer"])
     return state["position"]
-
-
-class StepLog:
-    """`log.jsonl`: one line a step, written whole every so often so that a reader never sees half a line.
-
-    The file is small (200 bytes a step) and object stores cannot append.
-    """
-
-    def __init__(self, uri: str, start_step: int) -> None:
-        self.uri = uri
-        self._interval = 10.0 if "://" in uri else 1.0
-        self._written = float("-inf")
-        # Steps after the checkpoint are done again: their old lines would stand twice.
-        self.lines = [line for line in read_log(uri) if line["step"] <= start_step]
-
-    @property
-    def seconds(self) -> float:
-        """Training time that the lines so far stand for."""
-        return float(self.lines[-1]["seconds"]) if self.lines else 0.0
-
-    def add(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-
-    def flush(self, force: bool = False) -> None:
-        now = time.monotonic()
-        if force or now - self._written >= self._interval:
-            write_text(self.uri, "".join(json.dumps(line) + "\n" for line in self.lines))
-            self._written = now
-
-
-def read_log(uri: str) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`; an empty list if there is none."""
-    text = read_text(uri)
-    return [json.loads(line) for line in text.splitlines()] if text else []

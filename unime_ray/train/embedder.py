@@ -2,160 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from unime_ray import losses
 from unime_ray.artifacts import Manifest, Run
 from unime_ray.config import EmbedderConfig, PixelBudget, RunConfig
-from unime_ray.models.backbone import Backbone, Batch
-from unime_ray.models.embedder import embed_batch
-from unime_ray.train.collate import (
-    InBatch,
-    MicroBatch,
-    SegmentStore,
-    StepBatch,
-    embedder_micro_batch,
-    in_batch_info,
-    split,
-)
-from unime_ray.train.data import BatchOrder, Examples
+from unime_ray.train.job import TrainingJob
 from unime_ray.train.launch import run_training, section_of
-from unime_ray.train.loop import StepLoss, Stepper
-from unime_ray.train.worker import Setting, TrainingJob, work
-
-
-class EmbeddingModule(nn.Module):
-    """Rows of a batch as unit vectors (U, D) float32."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.model = backbone.model
-        self._backbone = (backbone,)  # in a tuple, so that it is no submodule
-
-    def forward(self, batch: Batch) -> Tensor:
-        return embed_batch(self._backbone[0], batch)
-
-
-class EmbedderObjective:
-    """UniME-V2's judge-aligned KL, in-batch InfoNCE (VLM2Vec), or both (`EmbedderConfig.loss`)."""
-
-    def __init__(
-        self, backbone: Backbone, examples: Examples, order: BatchOrder, store: SegmentStore, config: EmbedderConfig
-    ) -> None:
-        self.backbone, self.examples, self.order, self.store, self.config = backbone, examples, order, store, config
-        self.module = EmbeddingModule(backbone)
-
-    def load(self, step: int, rank: int, world: int) -> StepBatch[MicroBatch]:
-        """This rank's queries of a step; for in-batch losses also who stands in the whole batch."""
-        config, batch = self.config, self.order.batch_rows(step)
-        examples = [self.examples[int(row)] for row in self.order.rank_rows(step, rank, world)]
-        micro_batches = tuple(
-            embedder_micro_batch(part, config.num_negatives, self.store, self.backbone)
-            for part in split(examples, config.micro_batch_queries)
-        )
-        in_batch = None
-        if config.loss != "judge_kl":
-            in_batch = in_batch_info(batch, rank, world, self.examples, config.num_negatives, self.backbone.device)
-        return StepBatch(step, len(batch), micro_batches, in_batch)
-
-    def backward(self, stepper: Stepper, batch: StepBatch[MicroBatch]) -> StepLoss:
-        """One backward pass per micro-batch. A loss with in-batch negatives needs the embeddings of the whole batch
-        first: it is then taken through them (gradient caching), for one more forward pass."""
-        found = (self._per_query if self.config.loss == "judge_kl" else self._in_batch)(stepper, batch)
-        return StepLoss(
-            losses_B=found.detach(),
-            query_ids=[example.query_id for micro in batch.micro_batches for example in micro.examples],
-            num_items=sum(micro.num_items for micro in batch.micro_batches),
-            num_tokens=sum(micro.num_tokens for micro in batch.micro_batches),
-        )
-
-    def _per_query(self, stepper: Stepper, batch: StepBatch[MicroBatch]) -> Tensor:
-        found: list[Tensor] = []
-
-        def part(micro: MicroBatch) -> Tensor:
-            queries_BD, own_BKD = _pick(stepper.model(micro.inputs), micro)
-            cosines_BK = losses.cosines(queries_BD, own_BKD)
-            config = self.config
-            loss_B = losses.judge_kl(cosines_BK, micro.scores_BK, config.temperature, config.judge_temperature)
-            found.append(loss_B.detach())
-            return loss_B.sum()
-
-        stepper.backward_parts([partial(part, micro) for micro in batch.micro_batches], batch)
-        return torch.cat(found)
-
-    def _in_batch(self, stepper: Stepper, batch: StepBatch[MicroBatch]) -> Tensor:
-        """Embed all, take the loss's gradient at the embeddings, then carry it into the weights part by part.
-
-        A single micro-batch keeps its graph; several are embedded once more. Up to the embeddings nothing is scaled,
-        since `gather_rows` adds up what all ranks send back, whether they have one part or several.
-        """
-        alone = len(batch.micro_batches) == 1
-        if any(weight.requires_grad for weight in self.backbone.model.model.visual.parameters()):
-            self.backbone.forget_features()  # without gradients they would come from the cache, of older weights
-        embedded = []
-        for number, micro in enumerate(batch.micro_batches):
-            stepper.seed(batch.step, number)
-            with nullcontext() if alone else torch.no_grad():
-                embedded.append(stepper.model(micro.inputs))
-        leaves = [rows_UD.detach().requires_grad_() for rows_UD in embedded]
-        loss_B = self._in_batch_loss(leaves, batch)
-        loss_B.sum().backward()
-
-        def part(number: int) -> Tensor:
-            rows_UD = embedded[0] if alone else stepper.model(batch.micro_batches[number].inputs)
-            return (rows_UD * leaves[number].grad).sum()
-
-        stepper.backward_parts([partial(part, number) for number in range(len(leaves))], batch)
-        return loss_B
-
-    def _in_batch_loss(self, embeddings: Sequence[Tensor], batch: StepBatch[MicroBatch]) -> Tensor:
-        """Loss of this rank's queries (B,) against the candidates of all ranks."""
-        picked = [_pick(rows_UD, micro) for rows_UD, micro in zip(embeddings, batch.micro_batches, strict=True)]
-        queries_BD, own_BKD = torch.cat([queries for queries, _ in picked]), torch.cat([own for _, own in picked])
-        known = batch.in_batch
-        assert known is not None
-        candidates_MD = losses.gather_rows(own_BKD.flatten(0, 1), list(known.rows_per_rank))
-        return self._combine(queries_BD, own_BKD, candidates_MD, known, batch)
-
-    def _combine(
-        self, queries_BD: Tensor, own_BKD: Tensor, candidates_MD: Tensor, known: InBatch, batch: StepBatch[MicroBatch]
-    ) -> Tensor:
-        config = self.config
-        allowed_BM = losses.in_batch_mask(known.keys_M, known.known_BP, known.targets_B)
-        if config.loss == "infonce":
-            return losses.infonce(queries_BD, candidates_MD, known.targets_B, config.temperature, allowed_BM)
-        return losses.hybrid(
-            queries_BD,
-            own_BKD,
-            torch.cat([micro.scores_BK for micro in batch.micro_batches]),
-            candidates_MD,
-            known.targets_B,
-            allowed_BM,
-            temperature=config.temperature,
-            judge_temperature=config.judge_temperature,
-            infonce_weight=config.infonce_weight,
-        )
-
-
-def _pick(rows_UD: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-    """Distinct items' vectors -> queries (B, D) and their own candidates (B, K, D)."""
-    return rows_UD[micro.query_B], rows_UD[micro.candidate_BK]
-
-
-def make_objective(setting: Setting) -> EmbedderObjective:
-    config = setting.config
-    assert isinstance(config, EmbedderConfig)
-    return EmbedderObjective(setting.backbone, setting.examples, setting.order, setting.store, config)
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
-    """What every training worker runs."""
+    """What every training worker runs. Heavy imports stay here: the driver needs none of them."""
+    from unime_ray.train.embedder_objective import make_objective
+    from unime_ray.train.worker import work
+
     return work(TrainingJob.model_validate(job), EmbedderConfig, make_objective)
 
 

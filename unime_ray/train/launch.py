@@ -18,7 +18,6 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingCon
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,9 +26,9 @@ from unime_ray.artifacts import Artifact, Manifest, Run, StageResult, filesystem
 from unime_ray.config import PixelBudget, TrainConfig, nearest
 from unime_ray.errors import ConfigError, TrainingError, UnimeError
 from unime_ray.models.names import model_revision, resolve_model
-from unime_ray.train.checkpoint import read_log
 from unime_ray.train.data import BatchOrder, Examples, prepare_examples
-from unime_ray.train.worker import LOG, TrainingJob
+from unime_ray.train.job import StopOnOwnErrors, TrainingJob
+from unime_ray.train.log import LOG, read_log
 
 CODE_VERSION = 1
 CHECKPOINTS = "checkpoints"
@@ -150,15 +149,6 @@ def fit(
     return dict(outcome["result"].return_value)
 
 
-class _StopOnOwnErrors(UserCallback):
-    """Ends training at an error raised on purpose: another attempt would only meet it again."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for rank in sorted(worker_exceptions):
-            if isinstance(worker_exceptions[rank], UnimeError):
-                raise worker_exceptions[rank]
-
-
 class _Trainer(TorchTrainer):
     """Ray's trainer, less an actor that asks the dashboard each second whether the controller lives, where there is
     no dashboard to ask (it would fill the terminal with warnings). A local cluster ends with its driver anyway."""
@@ -190,7 +180,7 @@ def _trainer(
             storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=section.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[_StopOnOwnErrors()],
+            callbacks=[StopOnOwnErrors()],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ from torch import Tensor, nn
 from unime_ray.config import TrainConfig
 from unime_ray.errors import TrainingError
 from unime_ray.ids import show
-from unime_ray.train.checkpoint import StepLog
 from unime_ray.train.collate import StepBatch, Work, prefetch
+from unime_ray.train.log import StepLog
 
 MAX_NAMED_QUERIES = 5
 
@@ -67,9 +68,16 @@ class Stepper:
         self.accelerator = Accelerator(cpu=not use_gpu, mixed_precision=precision, kwargs_handlers=[kwargs])
         self.config = config
         self.module = objective.module
-        self.model = self.accelerator.prepare(objective.module)
+        alone = self.accelerator.num_processes == 1 and precision == "no"
+        self.model = objective.module if alone else self._wrap(objective.module)
         self.weights = [weight for weight in self.module.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        with warnings.catch_warnings():
+            # torch renames `broadcast_buffers`, accelerate does not yet.
+            warnings.simplefilter("ignore", FutureWarning)
+            return self.accelerator.prepare(module)
 
     @property
     def rank(self) -> int:
@@ -89,7 +97,7 @@ class Stepper:
         scale = self.world / batch.batch_size
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if last or self.world == 1 else self.accelerator.no_sync(self.model):
                 self.seed(batch.step, number)
                 self.accelerator.backward(part() * scale)
 

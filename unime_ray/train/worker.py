@@ -5,6 +5,7 @@ Runs inside Ray Train; `launch` starts it.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,37 +15,21 @@ from typing import Any
 import pyarrow.fs as pafs
 import ray.train
 import ray.train.torch
+import ray.train.v2._internal.execution.context
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from unime_ray.artifacts import filesystem, join, remove
-from unime_ray.config import PixelBudget, TrainConfig
+from unime_ray.config import TrainConfig
 from unime_ray.corpus.payload import PayloadStore
 from unime_ray.models.backbone import Backbone
 from unime_ray.models.lora import apply_lora, merge_and_save
-from unime_ray.train.checkpoint import StepLog, load_checkpoint, save_checkpoint
+from unime_ray.train.checkpoint import load_checkpoint, save_checkpoint
 from unime_ray.train.collate import SegmentStore
 from unime_ray.train.data import BatchOrder, Examples
+from unime_ray.train.job import TrainingJob
+from unime_ray.train.log import LOG, StepLog
 from unime_ray.train.loop import Objective, Stepper, run_steps
-
-LOG = "log.jsonl"
-
-
-class TrainingJob(BaseModel):
-    """Everything a worker needs, as plain values that travel to another machine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    section: dict[str, Any]
-    model: str
-    revision: str | None
-    pixels: PixelBudget
-    examples_uri: str
-    images_uri: str
-    items_uri: str
-    artifact_uri: str
-    identity: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -69,6 +54,8 @@ def work(
         TrainingError: see `run_steps` and `load_checkpoint`.
     """
     config = section.model_validate(job.section)
+    # Ray Train logs every report under its file's name, which `LoggingConfig` does not reach.
+    logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
