@@ -125,6 +125,9 @@ class EmbedConfig(Section):
 
 class RetrieveConfig(Section):
     top_k: Count = 50
+    scope: Literal["global", "dataset"] = "global"
+    """`global` searches the whole mining pool, items of other datasets included, as the paper does; `dataset` only the
+    pool of the query's own dataset: right where datasets differ in what an answer is (pictures, or names)."""
     queries_per_batch: Count = 1024
     num_cpus: Positive = 1.0
 

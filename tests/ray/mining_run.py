@@ -52,12 +52,14 @@ class Corpus:
         }
         return identifier
 
-    def pair(self, query: bytes, positive: bytes, split: str = "train", relevance: float = 1.0) -> None:
-        row = {"dataset": "d", "split": split, "query_id": query, "item_id": positive, "relevance": relevance}
+    def pair(
+        self, query: bytes, positive: bytes, split: str = "train", relevance: float = 1.0, dataset: str = "d"
+    ) -> None:
+        row = {"dataset": dataset, "split": split, "query_id": query, "item_id": positive, "relevance": relevance}
         self.qrels.append(row)
 
-    def pool(self, *items: bytes, split: str = "train") -> None:
-        self.pools += [{"dataset": "d", "split": split, "item_id": item} for item in items]
+    def pool(self, *items: bytes, split: str = "train", dataset: str = "d") -> None:
+        self.pools += [{"dataset": dataset, "split": split, "item_id": item} for item in items]
 
     def save(self, folder: Path) -> Run:
         run = Run(str(folder))
