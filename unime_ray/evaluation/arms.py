@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from unime_ray.artifacts import Artifact, Run
-from unime_ray.config import PixelBudget, RunConfig
+from unime_ray.config import PixelBudget, RunConfig, TrainConfig
 from unime_ray.models.names import model_revision, resolve_model
 
 BASE = "base"
@@ -73,15 +73,25 @@ def _base(config: RunConfig) -> Arm:
 
 def _embedder(run: Run, config: RunConfig, name: str) -> Arm:
     section, trained = config.embedders[name], run.artifact("embedder", name)
-    checkpoint = Checkpoint(trained.child("model"), None, section.dtype, section.pixels, config.evaluate.batch_tokens)
+    checkpoint = _trained(config, section, trained)
     return Arm(name, RETRIEVE, name, None, config.judge_of(section), section.loss, checkpoint, trained)
 
 
 def _reranked(run: Run, config: RunConfig, name: str, below: Arm) -> Arm:
     section, trained = config.rerankers[name], run.artifact("reranker", name)
-    checkpoint = Checkpoint(trained.child("model"), None, section.dtype, section.pixels, config.evaluate.batch_tokens)
-    judge = config.judge_of(section)
+    judge, checkpoint = config.judge_of(section), _trained(config, section, trained)
     return Arm(f"{below.name}+{name}", RERANK, below.embedder, name, judge, below.loss, checkpoint, trained)
+
+
+def _trained(config: RunConfig, section: TrainConfig, trained: Artifact) -> Checkpoint:
+    """A trained checkpoint: pictures as large as training had them, numbers as exact as base has them.
+
+    `section.dtype` is the arithmetic of training; measuring all arms with that of `embed` keeps them comparable.
+    """
+    manifest = trained.manifest()
+    stored = manifest.config.get("pixels") if manifest is not None else None
+    pixels = PixelBudget.model_validate(stored) if stored is not None else section.pixels
+    return Checkpoint(trained.child("model"), None, config.embed.dtype, pixels, config.evaluate.batch_tokens)
 
 
 def base_revision(config: RunConfig) -> str:

@@ -136,7 +136,8 @@ class Evaluation:
 
     def _finish(self, arm: Arm, table: pa.Table, counts: dict[str, int]) -> StageResult:
         _artifact(self.run, arm.name).write(table, table.schema)
-        return StageResult(rows=table.num_rows, counts=counts, model=arm.checkpoint.model)
+        trained = arm.trained.require().revision if arm.trained else base_revision(self.config)
+        return StageResult(rows=table.num_rows, counts=counts, model=arm.checkpoint.model, revision=trained)
 
 
 def summarise(run: Run, config: RunConfig) -> Manifest:
@@ -178,9 +179,8 @@ def _summarise(run: Run, config: RunConfig, arms: list[Arm], metrics: Artifact) 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """What of the config decides an arm's per-query table."""
     kept = {"splits", "ks", "rerank_top_k", "max_queries", "seed"}
-    meta_tasks = {str(source.dataset): source.meta_task for source in config.corpus.sources if source.meta_task}
     limit = config.corpus.max_error_rate
-    return config.evaluate.model_dump(mode="json", include=kept) | {"max_error_rate": limit, "meta_tasks": meta_tasks}
+    return config.evaluate.model_dump(mode="json", include=kept) | {"max_error_rate": limit}
 
 
 def _tables(run: Run) -> list[Artifact]:

@@ -80,10 +80,10 @@ def load_protocol(run: Run, config: RunConfig) -> Protocol:
         raise EvaluationError(f"evaluate.splits: no query in split {wanted}; the corpus has {splits}")
     known = _known(qrels, tested)
     pools, candidates = _pools(run, config), _candidates(run)
-    protocol = Protocol([])
+    protocol, meta_tasks = Protocol([]), _meta_tasks(run)
     for (dataset, split), queries in sorted(_queries(tested, known).items()):
         pool = _pool_of(pools, dataset, split)
-        found = TestSet(dataset, split, _meta_task(config, dataset), queries, sorted(pool))
+        found = TestSet(dataset, split, meta_tasks.get(dataset), queries, sorted(pool))
         protocol.sets.append(_checked(found, pool, candidates, protocol.rejects))
     _check_rejects(protocol, config.corpus.max_error_rate)
     for one in protocol.sets:
@@ -189,6 +189,7 @@ def _sample(queries: list[Query], limit: int | None, seed: int) -> list[Query]:
     return [queries[index] for index in sorted(chosen)]
 
 
-def _meta_task(config: RunConfig, dataset: str) -> str | None:
-    named = {source.dataset: source.meta_task for source in config.corpus.sources if source.meta_task}
-    return named.get(dataset)
+def _meta_tasks(run: Run) -> dict[str, str]:
+    """The meta task of each dataset that has one, as ingest found it."""
+    manifest = run.artifact("items").manifest()
+    return {} if manifest is None else dict(manifest.counts.get("meta_tasks") or {})

@@ -89,14 +89,10 @@ def stage_rows(found: dict[str, Manifest]) -> list[dict[str, Any]]:
 
 
 def _flat(counts: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Counts of the manifest, one level of nesting joined with a dot, long lists left out."""
-    flat: list[tuple[str, Any]] = []
-    for name, value in counts.items():
-        if isinstance(value, dict):
-            flat += [(f"{name}.{inner}", one) for inner, one in value.items() if not isinstance(one, (dict, list))]
-        elif not isinstance(value, list) and value is not None:
-            flat.append((name, value))
-    return flat
+    """The plain counts of a manifest; what is nested has a table of its own."""
+    return [
+        (name, value) for name, value in counts.items() if value is not None and not isinstance(value, (dict, list))
+    ]
 
 
 def training_curves(run: Run, found: dict[str, Manifest]) -> list[dict[str, Any]]:
