@@ -15,7 +15,7 @@ from unime_ray.config import RerankerConfig
 from unime_ray.errors import TrainingError
 from unime_ray.losses import PADDING_KEY
 from unime_ray.models.backbone import Backbone
-from unime_ray.train.collate import SegmentStore, embedder_micro_batch, in_batch_info, prefetch, split
+from unime_ray.train.collate import SegmentStore, embedder_micro_batch, in_batch_info, pack, prefetch, split
 from unime_ray.train.data import Example
 from unime_ray.train.reranker_objective import ranking_task
 
@@ -57,10 +57,28 @@ def test_items_that_repeat_are_encoded_once(backbone):
     rows = [example(0, 0, 6, 7, 1), example(1, 1, 7, 6, 2), example(2, 0, 6, 7, 8)]
     micro = embedder_micro_batch(rows, 2, SegmentStore(FakePayload(), backbone), backbone)
     assert micro.num_items == 6  # 0, 6, 7, 1, 2, 8
-    assert micro.query_B[0] == micro.query_B[2] == micro.candidate_BK[1, 0] - 2
+    assert micro.query_B[0] == micro.query_B[2]
     assert micro.candidate_BK[0, 0] == micro.candidate_BK[1, 1] == micro.candidate_BK[2, 0]
+    assert len(set(micro.candidate_BK.flatten().tolist()) | set(micro.query_B.tolist())) == 6
     assert micro.scores_BK[0].tolist() == pytest.approx([0.9, 0.1, 0.2])
-    assert len(micro.inputs.pictures) == 3
+    assert sum(len(batch.pictures) for batch in micro.inputs.batches) == 3
+
+
+def test_packed_rows_are_of_similar_length_and_know_their_place(backbone):
+    texts = ["x" * (1 + 7 * (n % 9)) for n in range(60)]
+    segments = [backbone.tokens.text(text) for text in texts]
+    packed = pack(segments, backbone)
+    assert len(packed) == len(segments)
+    assert packed.num_tokens == sum(map(len, segments))
+    rows = [
+        ids[mask.bool()].tolist()
+        for batch in packed.batches
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    ]
+    assert [rows[place] for place in packed.place] == [segment.ids.tolist() for segment in segments]
+    assert len(packed.batches) > 1
+    padded = sum(batch.input_ids.numel() for batch in packed.batches)
+    assert padded < 0.8 * len(segments) * max(map(len, segments))
 
 
 def test_only_the_first_k_negatives_are_taken(backbone):

@@ -29,20 +29,53 @@ from unime_ray.models.tokens import Segment
 from unime_ray.train.data import Example, Examples
 
 SEGMENT_CACHE_BYTES = 256 << 20
+MAX_STRETCH, MIN_PACK = 1.25, 16
+"""Rows of one batch differ by at most a quarter in length, unless the batch would have fewer than 16 rows."""
 Content = tuple[str, tuple[Picture, ...]]
 """An item's rendered text and its pictures."""
 Work = TypeVar("Work")
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Rows in batches of similar length, so that little is padded; a forward pass takes all of them."""
+
+    batches: tuple[Batch, ...]
+    place: tuple[int, ...]
+    """Where each row, in the order it was given, stands in the batches laid end to end."""
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(int(batch.attention_mask.sum()) for batch in self.batches)
+
+
+def pack(segments: Sequence[Segment], backbone: Backbone) -> Packed:
+    """Sort rows by length and cut where one would be over a quarter longer than the first of its batch."""
+    order = sorted(range(len(segments)), key=lambda row: len(segments[row]))
+    groups: list[list[Segment]] = []
+    for row in order:
+        longer = not groups or len(segments[row]) > MAX_STRETCH * len(groups[-1][0])
+        if longer and (not groups or len(groups[-1]) >= MIN_PACK):
+            groups.append([])
+        groups[-1].append(segments[row])
+    place = [0] * len(order)
+    for position, row in enumerate(order):
+        place[row] = position
+    return Packed(tuple(backbone.collate(group) for group in groups), tuple(place))
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Whole queries that go through the model together; each distinct item is one row of `inputs`."""
 
-    inputs: Batch
+    inputs: Packed
     query_B: Tensor
-    """Row of each query in `inputs`."""
+    """Row of each query in the packed batches."""
     candidate_BK: Tensor
-    """Row of each candidate in `inputs`."""
+    """Row of each candidate in the packed batches."""
     scores_BK: Tensor
     """Judge scores in [0, 1]."""
     examples: tuple[Example, ...]
@@ -53,7 +86,7 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        return int(self.inputs.attention_mask.sum())
+        return self.inputs.num_tokens
 
 
 @dataclass(frozen=True)
@@ -138,11 +171,12 @@ def embedder_micro_batch(
     """Queries with their positive and first `num_negatives` hard negatives; items that repeat are encoded once."""
     ids_B = [(e.query_id, e.positive_id, *e.negative_ids[:num_negatives]) for e in examples]
     unique = list(dict.fromkeys(identifier for row in ids_B for identifier in row))
-    row_of = {identifier: row for row, identifier in enumerate(unique)}
+    inputs = pack(store.segments(unique), backbone)
+    row_of = dict(zip(unique, inputs.place, strict=True))
     index_BK1 = torch.tensor([[row_of[identifier] for identifier in row] for row in ids_B])
     scores = [(e.positive_score, *e.negative_scores[:num_negatives]) for e in examples]
     return MicroBatch(
-        inputs=backbone.collate(store.segments(unique)),
+        inputs=inputs,
         query_B=index_BK1[:, 0].to(backbone.device),
         candidate_BK=index_BK1[:, 1:].to(backbone.device),
         scores_BK=torch.tensor(scores, dtype=torch.float32, device=backbone.device),

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from unime_ray import losses
 from unime_ray.config import EmbedderConfig
-from unime_ray.models.backbone import Backbone, Batch
+from unime_ray.models.backbone import Backbone
 from unime_ray.models.embedder import embed_batch
 from unime_ray.train.collate import (
     InBatch,
     MicroBatch,
+    Packed,
     SegmentStore,
     StepBatch,
     embedder_micro_batch,
@@ -28,15 +29,15 @@ from unime_ray.train.worker import Setting
 
 
 class EmbeddingModule(nn.Module):
-    """Rows of a batch as unit vectors (U, D) float32."""
+    """Packed rows as unit vectors (U, D) float32, in packed order."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.model = backbone.model
         self._backbone = (backbone,)  # in a tuple, so that it is no submodule
 
-    def forward(self, batch: Batch) -> Tensor:
-        return embed_batch(self._backbone[0], batch)
+    def forward(self, inputs: Packed) -> Tensor:
+        return torch.cat([embed_batch(self._backbone[0], batch) for batch in inputs.batches])
 
 
 class EmbedderObjective:

@@ -20,10 +20,10 @@ from unime_ray import losses
 from unime_ray.config import RerankerConfig
 from unime_ray.errors import RejectedRow, TrainingError
 from unime_ray.ids import show
-from unime_ray.models.backbone import Backbone, Batch
+from unime_ray.models.backbone import Backbone
 from unime_ray.models.prompt_ids import PromptIds, check_length
 from unime_ray.models.tokens import Segment
-from unime_ray.train.collate import Content, StepBatch, split
+from unime_ray.train.collate import Content, Packed, StepBatch, pack, split
 from unime_ray.train.data import Example
 from unime_ray.train.loop import StepLoss, Stepper
 from unime_ray.train.worker import Setting
@@ -51,8 +51,8 @@ class RankingTask:
 class RankingBatch:
     """A micro-batch of tasks as prompts: `pairs` has the B positives, then the B hardest negatives."""
 
-    pairs: Batch
-    lists: Batch
+    pairs: Packed
+    lists: Packed
     gold_B: Tensor
     lengths_B: Tensor
     tasks: tuple[RankingTask, ...]
@@ -88,10 +88,14 @@ class RankingModule(nn.Module):
         self.model = backbone.model
         self._backbone, self._prompts = (backbone,), prompts  # in a tuple, so that it is no submodule
 
-    def forward(self, pairs: Batch, lists: Batch) -> tuple[Tensor, Tensor]:
-        backbone, prompts = self._backbone[0], self._prompts
-        yes_no = backbone.answer_logits(backbone.forward_hidden(pairs), [prompts.yes_id, prompts.no_id])
-        return yes_no, backbone.answer_logits(backbone.forward_hidden(lists), prompts.index_ids)
+    def forward(self, pairs: Packed, lists: Packed) -> tuple[Tensor, Tensor]:
+        yes_no = [self._prompts.yes_id, self._prompts.no_id]
+        return self._logits(pairs, yes_no), self._logits(lists, self._prompts.index_ids)
+
+    def _logits(self, rows: Packed, answers: Sequence[int]) -> Tensor:
+        backbone = self._backbone[0]
+        found = [backbone.answer_logits(backbone.forward_hidden(batch), answers) for batch in rows.batches]
+        return torch.cat(found)[list(rows.place)]
 
 
 class RerankerObjective:
@@ -123,7 +127,7 @@ class RerankerObjective:
             losses_B=torch.cat(found),
             query_ids=[task.example.query_id for micro in batch.micro_batches for task in micro.tasks],
             num_items=sum(len(rows) for rows in inputs),
-            num_tokens=sum(int(rows.attention_mask.sum()) for rows in inputs),
+            num_tokens=sum(rows.num_tokens for rows in inputs),
         )
 
     def _loss(self, stepper: Stepper, micro: RankingBatch) -> Tensor:
@@ -140,8 +144,8 @@ class RerankerObjective:
         pairs = [self._pair(task.example, task.example.positive_id, contents) for task in tasks]
         pairs += [self._pair(task.example, task.hardest_id, contents) for task in tasks]
         return RankingBatch(
-            pairs=backbone.collate(pairs),
-            lists=backbone.collate([self._list(task, contents) for task in tasks]),
+            pairs=pack(pairs, backbone),
+            lists=pack([self._list(task, contents) for task in tasks], backbone),
             gold_B=torch.tensor([task.gold for task in tasks], device=backbone.device),
             lengths_B=torch.tensor([len(task.list_ids) for task in tasks], device=backbone.device),
             tasks=tuple(tasks),
