@@ -59,8 +59,7 @@ def test_shards_merge_to_the_search_of_the_whole(cuts: list[int]) -> None:
     exclude = [{ids[7], ids[67]}] * 5
     whole = exact_top_k(queries, pool, ids, 12, exclude)
     parts = [
-        exact_top_k(queries, pool[a:b], ids[a:b], 12, exclude)
-        for a, b in zip([0, *cuts], [*cuts, 100], strict=True)
+        exact_top_k(queries, pool[a:b], ids[a:b], 12, exclude) for a, b in zip([0, *cuts], [*cuts, 100], strict=True)
     ]
     merged = merge_top_k(parts, 12)
     assert merged[0] == whole[0]

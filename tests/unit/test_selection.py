@@ -37,9 +37,7 @@ def pick(scores: list[float | None], positive_score: float = 0.9, positive_simil
     count = len(scores)
     settings = SelectConfig(**config)  # type: ignore[arg-type]
     rng = query_rng(settings.seed, b"q" * 16)
-    return select_negatives(
-        ids(count), descending(count), scores, positive_score, positive_similarity, settings, rng
-    )
+    return select_negatives(ids(count), descending(count), scores, positive_score, positive_similarity, settings, rng)
 
 
 def ranks(selection: Selection) -> list[int]:

@@ -11,7 +11,7 @@ for ever. Here only actors and writes ask for CPUs, and both leave room for each
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,8 @@ def stage_context(checkpoint: CheckpointConfig | None = None) -> Iterator[None]:
     context = DataContext.get_current().copy()
     context.raise_original_map_exception = True
     context.checkpoint_config = checkpoint
+    # It warns every half minute that a worker uses the memory that a Python process with pyarrow uses.
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     try:
         with DataContext.current(context):
             yield
@@ -80,6 +82,13 @@ def map_actors(
         fn_constructor_kwargs=dict(arguments),
         num_cpus=resources.num_cpus * ACTOR_SHARE,
         num_gpus=resources.num_gpus or None,
+    )
+
+
+def map_tasks(blocks: Sequence[pa.Table], function: Callable[..., pa.Table], arguments: Mapping[str, Any]) -> Dataset:
+    """The blocks through `function(block, **arguments)` in tasks: for work with nothing to load beforehand."""
+    return ray.data.from_blocks(list(blocks)).map_batches(
+        function, batch_size=None, batch_format="pyarrow", fn_kwargs=dict(arguments), num_cpus=1
     )
 
 

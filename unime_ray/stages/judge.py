@@ -119,6 +119,8 @@ def _build(
 ) -> StageResult:
     queries, pairs = _work(candidates)
     progress = Progress(artifact, "query_id")
+    progress.settle()  # a file that a kill cut off cannot be read
+    progress.forget(_failed_pairs(artifact).column("__filename").unique().to_pylist())
     todo = progress.remaining(queries)
     before = progress.settle()
     if todo.num_rows:
@@ -135,7 +137,7 @@ def _build(
     rows = progress.settle()
     if rows != pairs:
         raise ArtifactError(f"{artifact.uri}: {rows} rows for {pairs} pairs; remove the folder and run judge again")
-    counts = _check_errors(artifact, progress, settings.max_error_rate, rows)
+    counts = _check_errors(artifact, settings.max_error_rate, rows)
     return StageResult(
         rows=rows,
         counts={"queries": queries.num_rows, **counts},
@@ -156,19 +158,26 @@ def _work(candidates: Artifact) -> tuple[pa.Table, int]:
     return pa.Table.from_batches(parts).combine_chunks(), pairs
 
 
-def _check_errors(artifact: Artifact, progress: Progress, limit: float, rows: int) -> dict[str, Any]:
-    """Counts of the errors; raise if they are too many, having the queries concerned judged again next time."""
+def _failed_pairs(artifact: Artifact) -> pa.Table:
+    """(__filename, query_id, candidate_id, error) of every pair that could not be scored. Each attempt tries the files
+    that hold one again, so that a cause that was mended leaves nothing behind.
+    """
     paths, fs = parquet_files(artifact.data_uri)
-    columns = ["__filename", "query_id", "candidate_id", "error"]
-    failed = pads.dataset(paths, filesystem=fs).to_table(columns=columns, filter=pads.field("error").is_valid())
+    names = ["__filename", "query_id", "candidate_id", "error"]
+    if not paths:
+        return pa.table({name: pa.array([], pa.string()) for name in names})
+    return pads.dataset(paths, filesystem=fs).to_table(columns=names, filter=pads.field("error").is_valid())
+
+
+def _check_errors(artifact: Artifact, limit: float, rows: int) -> dict[str, Any]:
+    """Counts of the errors; raise if they are too many."""
+    failed = _failed_pairs(artifact)
     counts = {"pairs": rows, "errors": failed.num_rows}
-    if not failed.num_rows:
-        return counts
     if failed.num_rows > limit * rows:
-        progress.forget(failed.column("__filename").unique().to_pylist())
         reasons = [_reason(line) for line in failed.slice(0, FIRST_REASONS).to_pylist()]
         raise _too_many_errors(failed.num_rows, rows, limit, reasons)
-    log.warning("%d of %d pairs could not be scored; reasons in column `error` of %s", *counts.values(), artifact.key)
+    if failed.num_rows:
+        log.warning("%d of %d pairs have no score; see column `error` of %s", failed.num_rows, rows, artifact.key)
     return counts
 
 

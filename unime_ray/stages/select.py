@@ -17,16 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unime_ray.artifacts import Artifact, Manifest, Run, StageResult, filesystem, remove, run_stage
-from unime_ray.config import Resources, RunConfig, SelectConfig
+from unime_ray.config import RunConfig, SelectConfig
 from unime_ray.errors import ArtifactError, ConfigError
 from unime_ray.ids import show
 from unime_ray.schemas import HARD_NEGATIVES, JUDGEMENTS, conform
 from unime_ray.selection import query_rng, select_negatives
 from unime_ray.stages.candidates import CandidateRows
-from unime_ray.stages.engine import blocks_of, map_actors, parquet_files, stage_context
+from unime_ray.stages.engine import blocks_of, map_tasks, parquet_files, stage_context
 
 CODE_VERSION = 1
-FILES_PER_BATCH = 64
+FILES_PER_TASK = 64
 FALLBACK_WARNING = 0.01
 """Share of queries without a candidate above which the run says so (the paper has fewer than 1 %)."""
 
@@ -63,9 +63,9 @@ def _build(settings: SelectConfig, judgements: Artifact, candidates: Artifact, a
         "candidates": CandidateRows(candidates.data_uri),
         "artifact": artifact,
     }
-    blocks = blocks_of(pa.table({"path": paths}), FILES_PER_BATCH)
+    blocks = blocks_of(pa.table({"path": paths}), FILES_PER_TASK)
     with stage_context():
-        told = map_actors(blocks, SelectActor, arguments, Resources(max_actors=len(blocks)), FILES_PER_BATCH).take_all()
+        told = map_tasks(blocks, select_files, arguments).take_all()
     counts: Counter[str] = Counter()
     for row in told:
         counts.update(json.loads(row["counts"]))
@@ -90,31 +90,23 @@ def _warn(counts: Counter[str]) -> None:
         )
 
 
-class SelectActor:
+def select_files(
+    batch: pa.Table, settings: SelectConfig, judgements: Artifact, candidates: CandidateRows, artifact: Artifact
+) -> pa.Table:
     """Ray Data: (path of a file of judgements) -> (counts as JSON); the rows go into the artifact, file by file."""
-
-    def __init__(
-        self, settings: SelectConfig, judgements: Artifact, candidates: CandidateRows, artifact: Artifact
-    ) -> None:
-        self._settings, self._judgements, self._candidates = settings, judgements, candidates
-        self._artifact = artifact
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.table({"counts": [json.dumps(self._file(path)) for path in batch.column("path").to_pylist()]})
-
-    def _file(self, path: str) -> Counter[str]:
-        fs, _ = filesystem(self._judgements.data_uri)
+    counts: Counter[str] = Counter()
+    fs, _ = filesystem(judgements.data_uri)
+    for path in batch.column("path").to_pylist():
         table = conform(pq.read_table(path, filesystem=fs), JUDGEMENTS, "judgements").sort_by("query_id")
         judged = {query: list(rows) for query, rows in groupby(table.to_pylist(), key=lambda row: row["query_id"])}
-        counts: Counter[str] = Counter()
-        lines = []
-        for row in self._candidates.take(list(judged)).to_pylist():
-            lines += select_query(row, judged[row["query_id"]], self._settings, counts)
-        counts["rows"] = len(lines)
+        lines: list[dict[str, Any]] = []
+        for row in candidates.take(list(judged)).to_pylist():
+            lines += select_query(row, judged[row["query_id"]], settings, counts)
+        counts["rows"] += len(lines)
         if lines:
             name = path.rsplit("/", 1)[-1].removesuffix(".parquet")
-            self._artifact.write(pa.Table.from_pylist(lines, HARD_NEGATIVES), HARD_NEGATIVES, part=name)
-        return counts
+            artifact.write(pa.Table.from_pylist(lines, HARD_NEGATIVES), HARD_NEGATIVES, part=name)
+    return pa.table({"counts": [json.dumps(counts)]})
 
 
 def select_query(
