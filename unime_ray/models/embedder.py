@@ -29,7 +29,7 @@ class Embedder:
     """Embeds items in batches of similar length, each of at most `batch_tokens` padded tokens."""
 
     def __init__(self, backbone: Backbone, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
-        self.backbone, self.batch_tokens = backbone, batch_tokens
+        self.backbone, self.batch_tokens = backbone, backbone.batch_budget(batch_tokens)
 
     def embed(self, items: Sequence[Item]) -> np.ndarray:
         """Vectors (N, D) float32 of unit norm, in the order of `items`.

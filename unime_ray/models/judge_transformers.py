@@ -61,7 +61,7 @@ class TransformersJudge:
         Raises:
             ModelError: no chat template, or Yes, No are not single tokens.
         """
-        self.backbone, self.batch_tokens = backbone, batch_tokens
+        self.backbone, self.batch_tokens = backbone, backbone.batch_budget(batch_tokens)
         self.repetition_penalty = repetition_penalty
         self.prompts = PromptIds(backbone.tokens, prompt_order)
         self.shares_prefix = share_prefix and backbone.can_share_prefix

@@ -67,7 +67,7 @@ def target_pattern(config: LoraConfig) -> str:
     return pattern
 
 
-def merge_and_save(model: nn.Module, backbone: Backbone, path: str | Path, adapter: str | Path | None = None) -> None:
+def merge_and_save(model: Any, backbone: Backbone, path: str | Path, adapter: str | Path | None = None) -> None:
     """Write a full checkpoint to folder `path`: merged weights, tokenizer with chat template, processor.
 
     `model` is what `apply_lora` returned for `backbone.model`. Adapters are merged into the backbone for good: save at
@@ -76,8 +76,7 @@ def merge_and_save(model: nn.Module, backbone: Backbone, path: str | Path, adapt
     if isinstance(model, peft.PeftModel):
         if adapter is not None:
             model.save_pretrained(str(adapter))
-        adapted: Any = model.base_model
-        model = adapted.merge_and_unload()
+        model = model.merge_and_unload()
     if model is not backbone.model:
         raise ModelError("merge_and_save: the model is not the one this backbone holds")
     backbone.forget_features()

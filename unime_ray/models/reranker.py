@@ -34,7 +34,7 @@ class Reranker:
     """
 
     def __init__(self, backbone: Backbone, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
-        self.backbone, self.batch_tokens = backbone, batch_tokens
+        self.backbone, self.batch_tokens = backbone, backbone.batch_budget(batch_tokens)
         self.judge = TransformersJudge(backbone, batch_tokens=batch_tokens)
         self.prompts = self.judge.prompts
 

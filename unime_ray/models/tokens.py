@@ -17,7 +17,7 @@ from unime_ray.errors import ModelError, RejectedRow
 from unime_ray.models.pixels import Picture
 from unime_ray.prompts import IMAGE_MARKER, NO, YES
 
-MAX_CACHED_TEXTS = 100_000
+MAX_CACHED_TEXTS = 50_000
 MAX_CACHED_CHARS = 1000
 CONTENT_SENTINEL = "@@content@@"
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.activations import QuickGELUActivation
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 Grid = tuple[int, int]
@@ -25,6 +26,8 @@ def speed_up(visual: nn.Module) -> None:
     """Give the blocks of a Qwen2-, Qwen2.5- or Qwen3-VL vision tower the batched attention below, in place."""
     for block in visual.blocks:  # type: ignore[union-attr]
         block.attn.forward = MethodType(_attention_forward, block.attn)
+        if isinstance(getattr(block.mlp, "act", None), QuickGELUActivation):
+            block.mlp.act.forward = MethodType(_quick_gelu_forward, block.mlp.act)
     visual.patch_embed.forward = MethodType(_patch_embed_forward, visual.patch_embed)  # type: ignore[union-attr]
 
 
@@ -97,7 +100,7 @@ def _attention_forward(
     patches = hidden_states.shape[0]
     query, key, value = self.qkv(hidden_states).view(patches, 3, self.num_heads, -1).unbind(1)
     cos, sin = (table.unsqueeze(1).float() for table in position_embeddings)
-    query, key = (_rotate(part.float(), cos, sin).to(part.dtype) for part in (query, key))
+    query, key = (rotate(part.float(), cos, sin).to(part.dtype) for part in (query, key))
     out = attend_segments(query, key, value, cu_seqlens.diff().tolist(), self.scaling)
     return self.proj(out.reshape(patches, -1))
 
@@ -108,6 +111,16 @@ def _patch_embed_forward(self: Any, hidden_states: Tensor) -> Tensor:
     return functional.linear(hidden_states.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (S, H, d) by tables (S, 1, d) whose halves are equal, in three passes over x."""
     half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+    return torch.addcmul(x * cos, swapped, signed)
+
+
+def _quick_gelu_forward(self: Any, input: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), in place where no gradient needs the parts."""
+    if torch.is_grad_enabled():
+        return input * torch.sigmoid(1.702 * input)
+    return (1.702 * input).sigmoid_().mul_(input)
