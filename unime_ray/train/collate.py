@@ -128,9 +128,9 @@ class SegmentStore:
         """
         found = {identifier: self._cache.get(identifier) for identifier in dict.fromkeys(ids)}
         missing = [identifier for identifier, segment in found.items() if segment is None]
-        for identifier, segment in zip(missing, self._read(missing), strict=True):
-            found[identifier] = segment
-            self._cache.put(identifier, segment, _segment_bytes(segment))
+        for identifier, fresh in zip(missing, self._read(missing), strict=True):
+            found[identifier] = fresh
+            self._cache.put(identifier, fresh, _segment_bytes(fresh))
         return [segment for identifier in ids if (segment := found[identifier]) is not None]
 
     def contents(self, ids: Sequence[bytes]) -> dict[bytes, Content]:

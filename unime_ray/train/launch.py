@@ -154,7 +154,7 @@ class _Trainer(TorchTrainer):
     no dashboard to ask (it would fill the terminal with warnings). A local cluster ends with its driver anyway."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
@@ -168,7 +168,14 @@ def _trainer(
         # Nobody reclaims the nodes of a local cluster; spare it the process that watches for that.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     resources = {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if section.use_gpu else {})
-    return (_Trainer if alone else TorchTrainer)(
+    trainer: Any = _Trainer if alone else TorchTrainer  # Any: type checkers see the classes of Train V1
+    options: Any = {
+        "storage_path": path,
+        "storage_filesystem": fs,
+        "callbacks": [StopOnOwnErrors()],
+        "logging_config": LoggingConfig(log_level="ERROR"),
+    }
+    return trainer(
         worker,
         train_loop_config=job.model_dump(mode="json"),
         scaling_config=ScalingConfig(
@@ -176,12 +183,9 @@ def _trainer(
         ),
         run_config=RayRunConfig(
             name=CHECKPOINTS,
-            storage_path=path,
-            storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=section.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[StopOnOwnErrors()],
-            logging_config=LoggingConfig(log_level="ERROR"),
+            **options,
         ),
     )
 

@@ -47,7 +47,8 @@ class StepLoss:
 class Objective(Protocol, Generic[Work]):
     """What is trained: a module, the work of a step, and its backward pass."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def load(self, step: int, rank: int, world: int) -> StepBatch[Work]:
         """This rank's part of a step. Runs in the prefetch thread."""
