@@ -6,12 +6,13 @@ import asyncio
 import base64
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import lance
 import numpy as np
 import pyarrow as pa
+from starlette.testclient import TestClient
 
 from tests.conftest import picture
 from tests.unit.models_fixtures import FakeItem, make_item
@@ -19,13 +20,16 @@ from unime_ray.artifacts import Manifest, Run
 from unime_ray.config import EmbedConfig, RunConfig
 from unime_ray.corpus.payload import Item
 from unime_ray.schemas import IMAGES, ITEMS, POOLS, QRELS
+from unime_ray.serve.app import Stages, build_app
 from unime_ray.serve.bundle import Bundle, Checkpoint
 from unime_ray.serve.catalog import Found, Ref, Wanted
-from unime_ray.serve.config import ServeConfig
+from unime_ray.serve.config import LimitsConfig, ServeConfig
 from unime_ray.serve.deadline import Deadline
-from unime_ray.serve.errors import StageFailed
+from unime_ray.serve.errors import StageFailed, StageLate
+from unime_ray.serve.metrics import NoMeter
 from unime_ray.serve.retriever import RetrieverEngine
 from unime_ray.serve.stages import Encoded, IndexState, NewItem, Page
+from unime_ray.serve.tasks import item_instructions, query_tasks
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "gray")
 ASK = "Find a picture of the color:"
@@ -184,8 +188,6 @@ class FakeReranker:
 
 
 async def _behave(delay: float, failure: StageFailed | None, deadline: Deadline, stage: str) -> None:
-    from unime_ray.serve.errors import StageLate
-
     if failure is not None:
         raise failure
     if delay:
@@ -203,3 +205,22 @@ def filled_engine(bundle: Bundle) -> RetrieverEngine:
         engine.take_in(missing, np.stack([vector_of(item) for item in items]), [None] * len(items))
         engine.rebuild()
     return engine
+
+
+def api_client(bundle: Bundle, limits: LimitsConfig | None = None, **options: object) -> TestClient:
+    """A client of the interface over stages without models; `options` go to `build_app`."""
+    bundle = replace(bundle, config=ServeConfig(limits=limits or LimitsConfig()))
+    engine, payload = filled_engine(bundle), bundle.payload()
+    stages = Stages(FakeEncoder(), LocalRetriever(engine), FakeReranker() if bundle.reranker else None)
+    ids = bundle.run.artifact("pools").read(["item_id"]).column(0).to_pylist()
+    tasks, words = query_tasks(bundle.run, payload), item_instructions(payload, ids)
+    return TestClient(build_app(bundle, stages, tasks, words, NoMeter(), **options), raise_server_exceptions=False)  # type: ignore[arg-type]
+
+
+def problem(answer: object) -> tuple[int, str | None, str | None]:
+    """(status, param, code) of an error, whose shape is checked."""
+    body = answer.json()  # type: ignore[attr-defined]
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code", "request_id"}
+    assert body["error"]["request_id"] == answer.headers["x-request-id"]  # type: ignore[attr-defined]
+    return answer.status_code, body["error"]["param"], body["error"]["code"]  # type: ignore[attr-defined]

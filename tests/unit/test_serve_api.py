@@ -14,23 +14,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.conftest import picture
-from tests.unit.serve_fixtures import (
-    COLORS,
-    FakeEncoder,
-    FakeReranker,
-    LocalRetriever,
-    data_url,
-    filled_engine,
-    make_bundle,
-    make_run,
-    vector_of,
-)
-from unime_ray.serve.app import Stages, build_app
+from tests.unit.serve_fixtures import COLORS, api_client, data_url, make_bundle, make_run, problem
 from unime_ray.serve.bundle import Bundle
-from unime_ray.serve.config import LimitsConfig, ServeConfig
-from unime_ray.serve.gate import key_digests
-from unime_ray.serve.metrics import NoMeter
-from unime_ray.serve.tasks import item_instructions, query_tasks
 
 MODEL = "colors-embedder"
 
@@ -40,27 +25,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(make_run(tmp_path_factory.mktemp("serve") / "run"))
 
 
-def client(bundle: Bundle, limits: LimitsConfig | None = None, **options: object) -> TestClient:
-    bundle = replace(bundle, config=ServeConfig(limits=limits or LimitsConfig()))
-    engine, payload = filled_engine(bundle), bundle.payload()
-    stages = Stages(FakeEncoder(), LocalRetriever(engine), FakeReranker() if bundle.reranker else None)
-    ids = bundle.run.artifact("pools").read(["item_id"]).column(0).to_pylist()
-    tasks, words = query_tasks(bundle.run, payload), item_instructions(payload, ids)
-    return TestClient(build_app(bundle, stages, tasks, words, NoMeter(), **options), raise_server_exceptions=False)  # type: ignore[arg-type]
-
-
 @pytest.fixture(scope="module")
 def api(bundle: Bundle) -> Iterator[TestClient]:
-    yield client(bundle)
-
-
-def problem(answer: object) -> tuple[int, str | None, str | None]:
-    """(status, param, code) of an error, whose shape is checked."""
-    body = answer.json()  # type: ignore[attr-defined]
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code", "request_id"}
-    assert body["error"]["request_id"] == answer.headers["x-request-id"]  # type: ignore[attr-defined]
-    return answer.status_code, body["error"]["param"], body["error"]["code"]  # type: ignore[attr-defined]
+    yield api_client(bundle)
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -236,7 +203,7 @@ def test_more_than_ten_documents_are_scored_one_by_one(api: TestClient) -> None:
 
 
 def test_without_a_reranker(bundle: Bundle) -> None:
-    plain = client(replace(bundle, reranker=None))
+    plain = api_client(replace(bundle, reranker=None))
     assert not plain.post("/v1/search", json={"text": "red"}).json()["reranked"]
     assert problem(plain.post("/v1/rerank", json={"query": "q", "documents": ["a"]})) == (404, "model", "no_reranker")
     assert [card["task"] for card in plain.get("/v1/models").json()["data"]] == ["embed"]
@@ -246,7 +213,7 @@ def test_without_a_reranker(bundle: Bundle) -> None:
 
 
 def test_items_are_written_found_replaced_and_deleted(bundle: Bundle, tmp_path: Path) -> None:
-    api = client(replace(bundle, run=make_run(tmp_path / "run")))
+    api = api_client(replace(bundle, run=make_run(tmp_path / "run")))
     assert api.get("/v1/items/new").status_code == 404
     first = {"id": "new", "text": "bright teal", "dataset": "mine"}
     assert api.post("/v1/items", json={"items": [first]}).json() == {"ids": ["new"], "version": 1}
@@ -264,7 +231,7 @@ def test_items_are_written_found_replaced_and_deleted(bundle: Bundle, tmp_path: 
 
 
 def test_the_runs_own_items_can_be_deleted(bundle: Bundle, tmp_path: Path) -> None:
-    api = client(replace(bundle, run=make_run(tmp_path / "run")))
+    api = api_client(replace(bundle, run=make_run(tmp_path / "run")))
     victim = api.post("/v1/search", json={"text": "red", "k": 1, "rerank": False}).json()["results"][0]["id"]
     assert api.delete(f"/v1/items/{victim}").status_code == 200
     results = api.post("/v1/search", json={"text": "red", "k": 16, "rerank": False}).json()["results"]
@@ -304,79 +271,3 @@ def test_pictures_are_cacheable_and_can_be_made_small(api: TestClient) -> None:
     assert api.get(f"{url}&size=16").headers["content-type"] == "image/webp"
     assert problem(api.get(f"{url}&size=5"))[:2] == (422, "size")
     assert problem(api.get("/v1/items/nothing/image"))[0] == 404
-
-
-# --- the gate ---------------------------------------------------------------------------------------------------------
-
-
-def test_keys_are_asked_for_everywhere_but_at_the_door(bundle: Bundle) -> None:
-    guarded = client(bundle, digests=key_digests("first, second"))
-    assert guarded.get("/health").status_code == guarded.get("/").status_code == 200
-    assert problem(guarded.get("/v1/info")) == (401, "authorization", "invalid_api_key")
-    for header in ("Bearer wrong", "Basic first", "first", "Bearer"):
-        assert guarded.get("/v1/info", headers={"authorization": header}).status_code == 401
-    for key in ("first", "second"):
-        assert guarded.get("/v1/info", headers={"authorization": f"Bearer {key}"}).status_code == 200
-
-
-def test_large_requests_are_refused(bundle: Bundle) -> None:
-    api = client(bundle, LimitsConfig(max_request_bytes=1000))
-    assert problem(api.post("/v1/search", json={"text": "x" * 2000})) == (413, "body", "request_too_large")
-
-    def pieces() -> Iterator[bytes]:
-        yield from (b"x" * 100 for _ in range(20))
-
-    chunked = api.post("/v1/search", content=pieces(), headers={"content-type": "application/json"})
-    assert problem(chunked) == (413, "body", "request_too_large")
-
-
-def test_large_pictures_are_refused(bundle: Bundle) -> None:
-    api = client(bundle, LimitsConfig(max_image_bytes=50))
-    assert problem(api.post("/v1/search", json={"image": data_url(picture("red"))}))[:2] == (413, "image")
-
-
-def test_other_content_types_and_hosts_are_refused(bundle: Bundle) -> None:
-    local = client(bundle, hosts=["testserver"])
-    assert local.get("/health").status_code == 200
-    assert problem(local.get("/health", headers={"host": "evil.example"}))[0] == 421
-    form = local.post("/v1/search", content=b'{"text": "a"}', headers={"content-type": "text/plain"})
-    assert problem(form) == (415, "content-type", "not_json")
-
-
-def test_request_ids_and_unknown_paths(api: TestClient) -> None:
-    assert api.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
-    assert api.get("/health", headers={"x-request-id": "bad id\t"}).headers["x-request-id"] != "bad id\t"
-    assert problem(api.get("/v1/nothing")) == (404, None, "no_such_path")
-    assert problem(api.put("/v1/search", json={})) == (405, None, "method_not_allowed")
-    assert "access-control-allow-origin" not in api.get("/health", headers={"origin": "https://a.example"}).headers
-
-
-def test_info_models_ready(api: TestClient) -> None:
-    info = api.get("/v1/info").json()
-    assert (info["items"], info["embedder"], info["reranker"]) == (16, MODEL, "colors-reranker")
-    assert {"dataset": "colors", "split": "train", "items": 8} in info["groups"]
-    assert api.get("/ready").json() == {"ready": True, "indexed": 16, "expected": 16, "reranker": "colors-reranker"}
-    assert {card["id"] for card in api.get("/v1/models").json()["data"]} == {MODEL, "colors-reranker"}
-
-
-def test_the_openapi_document_is_complete(api: TestClient) -> None:
-    document = api.get("/openapi.json").json()
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            assert operation.get("description") or operation.get("summary"), (path, method)
-            assert "422" in operation["responses"] and "429" in operation["responses"], (path, method)
-            schema = operation["responses"]["422"]["content"]["application/json"]["schema"]
-            assert schema["$ref"].endswith("/ErrorAnswer"), (path, method)
-
-
-def test_the_page_is_one_file_under_a_strict_policy(api: TestClient) -> None:
-    page = api.get("/")
-    policy = page.headers["content-security-policy"]
-    assert "default-src 'none'" in policy and "unsafe" not in policy
-    assert "https://" not in page.text and "/*SCRIPT*/" not in page.text and "innerHTML" not in page.text
-
-
-def test_the_fixture_makes_equal_colors_equal_vectors(bundle: Bundle) -> None:
-    items = bundle.payload().items([ref.item_id for ref in filled_engine(bundle)._pool.refs])
-    reds = [item for item in items if item.text == "the color red" or item.image == picture("red")]
-    assert len(reds) == 2 and np.allclose(vector_of(reds[0]), vector_of(reds[1]))

@@ -286,7 +286,7 @@ def _place(problem: Mapping[str, Any]) -> list[str | int]:
     """The path of a problem without what pydantic adds for unions."""
     names = ("body", "query", "path", "str", "ContentInput")
     parts = [part for part in problem["loc"] if part not in names]
-    return [part for part in parts if isinstance(part, int) or not part.startswith(("list[", "union"))]
+    return [part for part in parts if isinstance(part, int) or not part.startswith(("list[", "function-after["))]
 
 
 def _json(request: Request, error: ApiError) -> JSONResponse:

@@ -18,10 +18,18 @@ REQUEST_SECONDS_SPARE = 10
 log = logging.getLogger("unime_ray")
 
 
-def serve_run(run: Run, config: RunConfig, host: str = "127.0.0.1", port: int = 8000, blocking: bool = True) -> Bundle:
+def serve_run(
+    run: Run,
+    config: RunConfig,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    blocking: bool = True,
+    settings: ServeConfig | None = None,
+) -> Bundle:
     """Serve the run's embedder, reranker and items; returns (or, `blocking`, waits for an interrupt) once it answers.
 
-    Needs a Ray cluster (`cluster.connected`), which must stay connected for as long as it serves.
+    `settings` stands in for the config's section `serve`. Needs a Ray cluster (`cluster.connected`), which must stay
+    connected for as long as it serves.
 
     Raises:
         ConfigError, ArtifactError, ModelError: see `resolve_bundle`.
@@ -31,7 +39,7 @@ def serve_run(run: Run, config: RunConfig, host: str = "127.0.0.1", port: int = 
 
     from unime_ray.serve.deployments import application
 
-    settings = getattr(config, "serve", None) or ServeConfig()
+    settings = settings or getattr(config, "serve", None) or ServeConfig()
     bundle = resolve_bundle(run, config, settings)
     digests = key_digests(os.environ.get(settings.api_key_env, ""))
     open_to_all = host not in LOOPBACK

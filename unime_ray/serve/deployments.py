@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from ray import serve
+from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from unime_ray.corpus.payload import Item
@@ -199,7 +200,7 @@ def _options(stage: StageConfig) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": stage.num_cpus, "num_gpus": stage.num_gpus},
         "max_ongoing_requests": stage.max_ongoing,
         "max_queued_requests": stage.max_queued,
-        "backpressure_config": {"status_code": 429, "retry_after_s": 1},
+        "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1.0),
         "health_check_period_s": HEALTH_SECONDS,
         "graceful_shutdown_timeout_s": SHUTDOWN_SECONDS,
     }

@@ -18,7 +18,8 @@ from unime_ray.serve.retriever import RetrieverEngine
 from unime_ray.serve.stages import Encoded, EncoderStage
 
 log = logging.getLogger("ray.serve.unime")
-CHUNK = 128
+CHUNK = 64
+"""Items embedded at once: few enough that searches need not wait long behind them."""
 CHUNK_MS = 120_000
 PAUSE_SECONDS = 1.0
 REBUILD_SECONDS = 15.0
