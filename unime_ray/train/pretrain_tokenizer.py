@@ -80,12 +80,12 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Qwen2Tokeni
     )
     bpe.train_from_iterator(words, trainer)
     vocab, merges = _vocab_and_merges(bpe)
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, padding_side="left", **ends)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     for token in SENTENCE_TOKENS:
         tokenizer.add_tokens([AddedToken(token, special=token in TURN_TOKENS, normalized=False)])
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.padding_side = "left"
     return tokenizer
 
 
