@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 LOGICAL_CPUS = 4
 OBJECT_STORE_BYTES = 600 * 1024 * 1024
@@ -21,13 +22,12 @@ def connected() -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "0")
     import ray
 
     if ray.is_initialized():
         yield
         return
-    options = {"logging_level": logging.WARNING, "log_to_driver": True}
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
     else:

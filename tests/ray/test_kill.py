@@ -21,10 +21,16 @@ from unime_ray.artifacts import Run
 HERE = Path(__file__).parent
 KEYS = {"embed": ("item_id",), "judge": ("query_id", "candidate_id", "is_positive")}
 OUTPUT = {"embed": ("embeddings", "base"), "judge": ("judgements", "tiny")}
+TOTAL = {"embed": 150, "judge": 60}
+"""Items, queries."""
+PER_FILE = {"embed": 6, "judge": 2}
+SECONDS_PER_UNIT = {"embed": 0.1, "judge": 0.3}
+"""So slow that writing keeps up with the actors, and a stop after a few files comes half-way."""
+FILES_BEFORE_STOP = 4
 TIMEOUT = 240
 
 
-def start(run: Path, model: str, stage: str, seconds_per_unit: float, trace: Path) -> subprocess.Popen:
+def start(run: Path, model: str, stages: list[str], seconds_per_unit: float, trace: Path) -> subprocess.Popen:
     environment = os.environ | {
         "MINING_TEST_SECONDS_PER_UNIT": str(seconds_per_unit),
         "MINING_TEST_TRACE": str(trace),
@@ -32,14 +38,14 @@ def start(run: Path, model: str, stage: str, seconds_per_unit: float, trace: Pat
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
     }
     environment.pop("RAY_ADDRESS", None)
-    log = open(f"{trace}.log", "a")  # noqa: SIM115 - the child writes to it
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "mining_driver.py"), str(run), model, stage],
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with open(f"{trace}.log", "a") as log:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / "mining_driver.py"), str(run), model, *stages],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def finish(driver: subprocess.Popen, trace: Path) -> None:
@@ -105,21 +111,19 @@ def test_same_table_after(tmp_path: Path, undisturbed: tuple[Path, str], stage: 
     shutil.copytree(whole, run)
     shutil.rmtree(run.joinpath(OUTPUT[stage][0]))
     trace = tmp_path / "trace"
-    total = 150 if stage == "embed" else 60
-    driver = start(run, model, stage, seconds_per_unit=0.05, trace=trace)
+    driver = start(run, model, [stage], SECONDS_PER_UNIT[stage], trace)
     try:
-        wait_for_files(run, stage, driver, count=6, log=f"{trace}.log")
+        wait_for_files(run, stage, driver, FILES_BEFORE_STOP, log=f"{trace}.log")
         driver.send_signal(stop)
         assert driver.wait(TIMEOUT) != 0
     finally:
         end_session(driver.pid)
-    written = committed(run, stage)
-    assert 6 <= written * (6 if stage == "embed" else 2) < total, "the stop must come half-way"
+    kept = committed(run, stage) * PER_FILE[stage]
+    assert FILES_BEFORE_STOP * PER_FILE[stage] <= kept < TOTAL[stage], "the stop must come half-way"
     assert not run.joinpath(*OUTPUT[stage], "manifest.json").exists()
     before = units(trace)
-    finish(start(run, model, stage, seconds_per_unit=0.0, trace=trace), trace)
-    # What was written is not done again.
-    assert units(trace) - before <= total - written * (6 if stage == "embed" else 2)
+    finish(start(run, model, [stage], 0.0, trace), trace)
+    assert units(trace) - before == TOTAL[stage] - kept, "what was written is not done again, all the rest is"
     compare(Run(str(whole)), Run(str(run)), stage)
 
 
@@ -141,7 +145,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("whole")
     run = word_run(folder / "run")
     model = model_folder(folder / "model")
-    for stage in ("embed", "retrieve", "judge"):
-        finish(start(folder / "run", model, stage, 0.0, folder / "trace"), folder / "trace")
+    trace = folder / "trace"
+    finish(start(folder / "run", model, ["embed", "retrieve", "judge"], 0.0, trace), trace)
     assert Run(run.root).artifact("judgements", "tiny").require().rows == 60 * 13
     return folder / "run", model

@@ -11,7 +11,7 @@ D width of the language model, H heads, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,8 @@ def build_tiny(config: Qwen2VLConfig, seed: int = 0) -> Qwen2VLForConditionalGen
     """A fresh model in float32. Residual outputs start at a depth-scaled width; the rest at 1/sqrt(fan-in)."""
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(config)
-    depth = 2 * (config.text_config.num_hidden_layers + config.vision_config.depth)
+    text, vision = config.get_text_config(), cast(Any, config.vision_config)
+    depth = 2 * (text.num_hidden_layers + vision.depth)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
