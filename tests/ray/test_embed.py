@@ -103,8 +103,9 @@ def load_broken(config: EmbedConfig):
 
 def test_errors_of_a_worker_keep_their_class(tmp_path: Path) -> None:
     run = word_run(tmp_path / "run", 4, 6)
-    with pytest.raises(ModelError, match="^model x: architecture Y is not supported$"):
+    with pytest.raises(ModelError) as error:
         run_embed(run, config(run, tmp_path), load=load_broken)
+    assert str(error.value) == "model x: architecture Y is not supported"
 
 
 def test_files_that_no_checkpoint_vouches_for_are_made_again(tmp_path: Path) -> None:
