@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -91,6 +92,15 @@ def test_results_are_the_numbers_of_the_table(made: SyntheticRun, text: str) -> 
     assert f"was {mean['base']:.1f} %" in shown
     assert f"is {mean['unime_v2']:.1f} %" in shown
     assert all(f"{value:.1f}" in shown for value in mean.values())
+
+
+def test_differences_that_may_be_none_are_hollow(made: SyntheticRun, text: str) -> None:
+    differences = json.loads(Path(made.run.artifact("metrics").child("differences.json")).read_text())
+    shown = [row for row in differences if row["metric"] in ("hit@1", "recall@5", "recall@10", "mrr", "ndcg@10")]
+    unclear = [row for row in shown if row["low"] <= 0 <= row["high"]]
+    assert 0 < len(unclear) < len(shown)
+    classes = [(a.get("class") or "").split() for a in Page(text).named("div")]
+    assert sum("unclear" in names for names in classes) == len(unclear)
 
 
 def test_gallery_shows_reasons_pictures_and_truth(text: str) -> None:

@@ -96,7 +96,7 @@ def _differences(
         rows = [
             {"dataset": row["dataset"], "arm": arms[row["model"]], "against": row["against"]}
             | _percent(row)
-            | {"clear": row["low"] is not None and (row["low"] > 0 or row["high"] < 0)}
+            | {"is_clear": row["low"] is not None and (row["low"] > 0 or row["high"] < 0)}
             for row in sorted(found, key=lambda row: row["dataset"] != MEAN)
         ]
         if rows:
