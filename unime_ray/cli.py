@@ -206,6 +206,22 @@ def _inspect_row(key: str, manifest: Manifest) -> tuple[Any, ...]:
     return key, str(manifest.rows), f"{manifest.seconds:.1f}", rate, model, (manifest.revision or "")[:12], counts
 
 
+@app.command()
+def results(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    metric: Annotated[str, typer.Option("--metric", help="For instance hit@1, recall@10, mrr, ndcg@10.")] = "",
+) -> None:
+    """Print a run's results; with --metric one metric as a Markdown table."""
+    from unime_ray.evaluation import render_results
+    from unime_ray.evaluation.results import markdown_results
+
+    run = Run(folder)
+    if metric:
+        print(markdown_results(run, metric))
+    else:
+        render_results(run, console)
+
+
 @app.command("export-negatives")
 def export_negatives(
     config: ConfigOption,

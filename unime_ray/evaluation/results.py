@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unime_ray.artifacts import Run, read_text
+from unime_ray.errors import EvaluationError
 from unime_ray.evaluation.aggregate import MEAN
 from unime_ray.evaluation.arms import BASE, RERANK
 
@@ -44,6 +45,25 @@ def render_results(run: Run, console: Console) -> None:
     for metric in [name for name in SHOWN[:2] if name in measured]:
         console.print(_table(results_table(run, metric), arms, metric))
     console.print("95 % intervals: bootstrap over queries. Ties count against the model.", style="dim")
+
+
+def markdown_results(run: Run, metric: str) -> str:
+    """One metric of every arm as a Markdown table, in percent with 95 % intervals: what README shows.
+
+    Raises:
+        ArtifactError: the run has no metrics. EvaluationError: it has none of that name.
+    """
+    rows = results_table(run, metric)
+    if not rows:
+        raise EvaluationError(f"{run.root}: no metric {metric!r} was measured")
+    arms = json.loads(read_text(run.artifact("metrics").child("arms.json")) or "[]")
+    heads = [f"{_role(arm)}: {arm['name'].replace('+', ' + ')}" for arm in arms]
+    lines = ["| " + " | ".join([f"{metric}, %", "queries", *heads]) + " |", "|---" * (len(arms) + 2) + "|"]
+    for row in rows:
+        cells = [_cell(row["arms"].get(arm["name"])).plain.replace("\n", " (") for arm in arms]
+        cells = [cell + ")" if "(" in cell else cell for cell in cells]
+        lines.append("| " + " | ".join([row["dataset"], str(row["queries"]), *cells]) + " |")
+    return "\n".join(lines)
 
 
 def _table(rows: list[dict[str, Any]], arms: list[dict[str, Any]], metric: str) -> Table:
