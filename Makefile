@@ -5,10 +5,11 @@ BIN = $(VENV)/bin
 export RAY_AUTH_MODE ?= disabled
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help env demo test test-all lint types imports check
+.PHONY: help env demo serve test test-all lint types imports check
 
 help:
 	@echo "make demo      set up and run the whole recipe on the bundled corpus"
+	@echo "make serve     serve what the demo made at http://127.0.0.1:8000"
 	@echo "make test      set up and run the tests"
 	@echo "make test-all  the slow tests too"
 	@echo "make check     lint, types and import contracts"
@@ -24,6 +25,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: env
 	$(BIN)/unime-ray run --config demo
+
+serve: env
+	$(BIN)/unime-ray serve runs/demo
 
 test: env
 	$(BIN)/python -m pytest -m "not slow"

@@ -222,6 +222,25 @@ def results(
         render_results(run, console)
 
 
+@app.command("serve")
+def serve(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve a run's embedder, reranker and items: search page, /v1/search, /v1/embeddings, /v1/rerank."""
+    from unime_ray.artifacts import read_text
+    from unime_ray.cluster import connected
+    from unime_ray.serve.cli import serve_run
+
+    run = Run(folder)
+    saved = run.child("config.yaml")
+    if read_text(saved) is None:
+        raise ConfigError(f"{folder}: no config.yaml there; is it a run folder?")
+    with connected():
+        serve_run(run, load_config(saved), host, port)
+
+
 @app.command("export-negatives")
 def export_negatives(
     config: ConfigOption,

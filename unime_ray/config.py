@@ -1,7 +1,7 @@
 """The configuration of a run: one YAML file, frozen pydantic models, unknown keys refused by name.
 
     run: runs/mine               a local folder or s3://bucket/prefix
-    corpus / embed / retrieve / judges / select / embedders / rerankers / evaluate
+    corpus / embed / retrieve / judges / select / embedders / rerankers / evaluate / serve
 
 `judges`, `embedders` and `rerankers` are named, since one run may compare several; most runs have one of each.
 A preset is a config that ships in the package (`demo`); `--set a.b=v` overrides any value.
@@ -15,19 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from unime_ray.config_serve import ServeConfig
 from unime_ray.errors import ConfigError
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, and a key it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from unime_ray.sections import Count, Fraction, Positive, Section
 
 
 class Columns(Section):
@@ -260,6 +252,7 @@ class RunConfig(Section):
     embedders: dict[str, EmbedderConfig] = {}
     rerankers: dict[str, RerankerConfig] = {}
     evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
 
     @model_validator(mode="after")
     def _judges_exist(self) -> RunConfig:

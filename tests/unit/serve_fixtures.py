@@ -18,12 +18,12 @@ from tests.conftest import picture
 from tests.unit.models_fixtures import FakeItem, make_item
 from unime_ray.artifacts import Manifest, Run
 from unime_ray.config import EmbedConfig, RunConfig
+from unime_ray.config_serve import LimitsConfig, ServeConfig
 from unime_ray.corpus.payload import Item
 from unime_ray.schemas import IMAGES, ITEMS, POOLS, QRELS
 from unime_ray.serve.app import Stages, build_app
 from unime_ray.serve.bundle import Bundle, Checkpoint
 from unime_ray.serve.catalog import Found, Ref, Wanted
-from unime_ray.serve.config import LimitsConfig, ServeConfig
 from unime_ray.serve.deadline import Deadline
 from unime_ray.serve.errors import StageFailed, StageLate
 from unime_ray.serve.metrics import NoMeter

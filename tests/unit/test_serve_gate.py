@@ -21,8 +21,8 @@ from tests.unit.serve_fixtures import (
     problem,
     vector_of,
 )
+from unime_ray.config_serve import LimitsConfig
 from unime_ray.serve.bundle import Bundle
-from unime_ray.serve.config import LimitsConfig
 from unime_ray.serve.gate import key_digests
 
 MODEL = "colors-embedder"

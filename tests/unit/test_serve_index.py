@@ -16,10 +16,10 @@ import pytest
 from tests.unit.models_fixtures import make_item
 from tests.unit.serve_fixtures import DIM, FakeEncoder, filled_engine, make_bundle, make_run, vector_of
 from unime_ray.artifacts import Run
+from unime_ray.config_serve import IndexConfig, ServeConfig
 from unime_ray.corpus.payload import Item
 from unime_ray.serve import live
 from unime_ray.serve.catalog import TAIL_CAPACITY, Catalog, Ref, Rows, Wanted
-from unime_ray.serve.config import IndexConfig, ServeConfig
 from unime_ray.serve.filling import reembed
 from unime_ray.serve.live import LiveLog, LogRow, Put
 from unime_ray.serve.retriever import RetrieverEngine

@@ -16,10 +16,10 @@ from tests.unit.serve_fixtures import (
     make_run,
     vector_of,
 )
+from unime_ray.config_serve import LimitsConfig, ServeConfig
 from unime_ray.corpus.payload import Item
 from unime_ray.serve.breaker import Breaker
 from unime_ray.serve.catalog import Wanted
-from unime_ray.serve.config import LimitsConfig, ServeConfig
 from unime_ray.serve.errors import StageDown, StageFailed, StageLate, StageOverloaded
 from unime_ray.serve.metrics import NoMeter
 from unime_ray.serve.retriever import RetrieverEngine

@@ -10,9 +10,9 @@ import pyarrow.fs as pafs
 
 from unime_ray.artifacts import Run, filesystem
 from unime_ray.config import PixelBudget, RunConfig, nearest
+from unime_ray.config_serve import ServeConfig
 from unime_ray.corpus.payload import PayloadStore
 from unime_ray.errors import ConfigError
-from unime_ray.serve.config import ServeConfig
 
 BASE, NO_RERANKER = "base", "none"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from unime_ray.serve.config import IndexConfig
+from unime_ray.config_serve import IndexConfig
 from unime_ray.serve.live import DELETE, LogRow
 from unime_ray.serve.snapshot import Snapshot
 

@@ -8,9 +8,9 @@ import time
 
 from unime_ray.artifacts import Run
 from unime_ray.config import RunConfig
+from unime_ray.config_serve import ServeConfig
 from unime_ray.errors import ConfigError
 from unime_ray.serve.bundle import Bundle, resolve_bundle
-from unime_ray.serve.config import ServeConfig
 from unime_ray.serve.gate import LOOPBACK, key_digests
 
 APP = "unime-ray"
@@ -39,7 +39,7 @@ def serve_run(
 
     from unime_ray.serve.deployments import application
 
-    settings = settings or getattr(config, "serve", None) or ServeConfig()
+    settings = settings or config.serve
     bundle = resolve_bundle(run, config, settings)
     digests = key_digests(os.environ.get(settings.api_key_env, ""))
     open_to_all = host not in LOOPBACK

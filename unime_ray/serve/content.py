@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from unime_ray.config_serve import LimitsConfig
 from unime_ray.corpus.payload import Item
 from unime_ray.ids import image_id, item_id
 from unime_ray.prompts import render
-from unime_ray.serve.config import LimitsConfig
 from unime_ray.serve.errors import ApiError, invalid
 from unime_ray.serve.pictures import picture_bytes
 

@@ -16,11 +16,11 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
+from unime_ray.config_serve import StageConfig
 from unime_ray.corpus.payload import Item
 from unime_ray.serve.app import Stages, build_app
 from unime_ray.serve.bundle import Bundle
 from unime_ray.serve.catalog import Found, Ref, Wanted
-from unime_ray.serve.config import StageConfig
 from unime_ray.serve.deadline import Deadline
 from unime_ray.serve.engines import EncoderEngine, RerankerEngine
 from unime_ray.serve.filling import keep_fresh

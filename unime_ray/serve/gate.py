@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from unime_ray.serve.config import LimitsConfig
+from unime_ray.config_serve import LimitsConfig
 from unime_ray.serve.errors import RETRY_AFTER_SECONDS, ApiError
 from unime_ray.serve.metrics import Meter
 

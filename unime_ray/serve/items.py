@@ -6,10 +6,10 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 
+from unime_ray.config_serve import ServeConfig
 from unime_ray.corpus.payload import Item
 from unime_ray.errors import RejectedRow
 from unime_ray.serve.catalog import Ref, Wanted
-from unime_ray.serve.config import ServeConfig
 from unime_ray.serve.content import check_text, make_item
 from unime_ray.serve.deadline import Deadline
 from unime_ray.serve.errors import ApiError, invalid

@@ -8,9 +8,9 @@ import io
 import re
 
 from unime_ray.config import ImagePolicy
+from unime_ray.config_serve import LimitsConfig
 from unime_ray.corpus.images import check_image, decode, extension
 from unime_ray.errors import RejectedRow
-from unime_ray.serve.config import LimitsConfig
 from unime_ray.serve.errors import ApiError, invalid
 
 DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[^;,]*)*)(;base64)?,", re.IGNORECASE)

@@ -11,10 +11,10 @@ import time
 from collections.abc import Collection, Sequence
 
 from unime_ray.config import nearest
+from unime_ray.config_serve import ServeConfig
 from unime_ray.corpus.payload import Item
 from unime_ray.serve.breaker import Breaker
 from unime_ray.serve.catalog import Found, Wanted
-from unime_ray.serve.config import ServeConfig
 from unime_ray.serve.content import make_item
 from unime_ray.serve.deadline import Deadline
 from unime_ray.serve.errors import ApiError, StageDown, StageFailed, invalid

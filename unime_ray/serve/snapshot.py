@@ -12,7 +12,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from unime_ray.serve.config import IndexConfig
+from unime_ray.config_serve import IndexConfig
 
 PRECISIONS = {"float32": "Flat", "float16": "SQfp16", "int8": "SQ8"}
 RECALL_QUERIES, RECALL_AT = 64, 10

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from unime_ray.config import nearest
+from unime_ray.config_serve import ServeConfig
 from unime_ray.corpus.payload import Item
-from unime_ray.serve.config import ServeConfig
 from unime_ray.serve.content import make_item
 from unime_ray.serve.errors import ApiError, invalid
 from unime_ray.serve.schemas import (

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from unime_ray.config import Count, Positive, Section
+from unime_ray.sections import Count, Positive, Section
 
 
 class StageConfig(Section):
