@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import lance
 import numpy as np
@@ -16,6 +17,7 @@ from ray import cloudpickle
 from unime_ray import ids, prompts
 from unime_ray.artifacts import Manifest, Run
 from unime_ray.config import EmbedConfig, JudgeConfig, RunConfig
+from unime_ray.errors import ModelError
 from unime_ray.models.judge import Verdict
 from unime_ray.schemas import IMAGES, ITEMS, POOLS, QRELS
 
@@ -139,6 +141,13 @@ class FakeJudge:
         return Verdict.of(2.0 if right else seed[0] / 128 - 1, 0.0)
 
 
+class MendedJudge(FakeJudge):
+    """The same, with the cause of failures gone."""
+
+    def _verdict(self, query, candidate) -> Verdict:
+        return super()._verdict(query, query if "unjudgeable" in candidate.rendered else candidate)
+
+
 def direction(text: str) -> np.ndarray:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     vector = np.random.default_rng(seed).normal(size=DIM)
@@ -153,6 +162,14 @@ def load_fake_embedder(config: EmbedConfig) -> FakeEmbedder:
 def load_fake_judge(config: JudgeConfig) -> FakeJudge:
     _count_load()
     return FakeJudge()
+
+
+def load_mended_judge(config: JudgeConfig) -> MendedJudge:
+    return MendedJudge()
+
+
+def load_broken(config: EmbedConfig | JudgeConfig) -> NoReturn:
+    raise ModelError("model x: architecture Y is not supported")
 
 
 def _dawdle(units: int) -> None:

@@ -12,6 +12,7 @@ from mining_run import (
     NOT_A_PICTURE,
     Corpus,
     direction,
+    load_broken,
     load_fake_embedder,
     model_folder,
     rows_by_id,
@@ -20,7 +21,6 @@ from mining_run import (
 )
 
 from unime_ray.artifacts import Run
-from unime_ray.config import EmbedConfig
 from unime_ray.errors import ArtifactError, ModelError
 from unime_ray.schemas import embeddings_schema
 from unime_ray.stages.embed import run_embed
@@ -95,10 +95,6 @@ def test_too_many_failures_stop_the_run_with_the_reasons(tmp_path: Path) -> None
     patient = config(run, tmp_path).model_copy(update={"corpus": settings(run, corpus={"max_error_rate": 0.5}).corpus})
     manifest = run_embed(run, patient, load=load_fake_embedder)
     assert manifest.rows == 40 and manifest.counts["rejected"] == 20
-
-
-def load_broken(config: EmbedConfig):
-    raise ModelError("model x: architecture Y is not supported")
 
 
 def test_errors_of_a_worker_keep_their_class(tmp_path: Path) -> None:

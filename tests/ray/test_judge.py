@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from mining_run import (
     Corpus,
-    FakeJudge,
+    load_broken,
     load_fake_embedder,
     load_fake_judge,
+    load_mended_judge,
     model_folder,
     settings,
     word_run,
@@ -87,11 +88,6 @@ def test_errors_stay_in_their_rows(tmp_path: Path) -> None:
     assert all(row["score"] is None and row["error"] == "the picture does not decode" for row in failed)
 
 
-class MendedJudge(FakeJudge):
-    def _verdict(self, query, candidate):
-        return super()._verdict(query, query if "unjudgeable" in candidate.rendered else candidate)
-
-
 def test_too_many_errors_fail_with_reasons_and_are_judged_again(tmp_path: Path) -> None:
     run = run_with_unjudgeable(tmp_path / "run", 1)
     config = retrieved(run, tmp_path, max_error_rate=0.001)
@@ -101,7 +97,7 @@ def test_too_many_errors_fail_with_reasons_and_are_judged_again(tmp_path: Path) 
     with pytest.raises(ModelError, match=reason):
         run_judge(run, config, "tiny", load=load_fake_judge)
     assert run.artifact("judgements", "tiny").manifest() is None
-    manifest = run_judge(run, config, "tiny", load=lambda config: MendedJudge())
+    manifest = run_judge(run, config, "tiny", load=load_mended_judge)
     rows = run.artifact("judgements", "tiny").read().to_pylist()
     assert manifest.rows == len(rows) == len({(row["query_id"], row["candidate_id"]) for row in rows})
     assert manifest.counts["errors"] == 0
@@ -126,15 +122,12 @@ def test_an_actor_gives_up_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         actor(batch)
 
 
-def load_broken(config: JudgeConfig):
-    raise ModelError("tokenizer of x: 'Yes' is 2 tokens, a judge needs one")
-
-
 def test_errors_of_a_worker_keep_their_class(tmp_path: Path) -> None:
     run = word_run(tmp_path / "run", 4, 8)
     config = retrieved(run, tmp_path)
-    with pytest.raises(ModelError, match="^tokenizer of x"):
+    with pytest.raises(ModelError) as raised:
         run_judge(run, config, "tiny", load=load_broken)
+    assert str(raised.value) == "model x: architecture Y is not supported"
     with pytest.raises(ConfigError, match="no judge 'other'; the config has tiny"):
         run_judge(run, config, "other")
     oracle = settings(run, judges={"oracle": {"engine": "oracle", "truth": str(tmp_path / "none")}})
