@@ -36,6 +36,8 @@ ACTOR_SHARE = 0.9
 CALLS_PER_ACTOR = 2
 """One call fetches payload while the other one's model runs."""
 PENDING = ".pending.parquet"
+RETRY_ADVICE = "\nFailed to apply UDF transform after "
+"""Where Ray Data begins what it appends to an error's message: advice on retries, which mend no error of ours."""
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +54,10 @@ def stage_context(checkpoint: CheckpointConfig | None = None) -> Iterator[None]:
         with DataContext.current(context):
             yield
     except RayTaskError as error:
-        if isinstance(error.cause, UnimeError):
-            raise error.cause from error
-        raise
+        if not isinstance(error.cause, UnimeError):
+            raise
+        error.cause.args = (str(error.cause).partition(RETRY_ADVICE)[0],)
+        raise error.cause from error
 
 
 def blocks_of(table: pa.Table, rows: int) -> list[pa.Table]:
