@@ -50,6 +50,7 @@ class Page:
 
     async def open(self, url: str) -> None:
         await self.send("Page.navigate", url=url)
+        await self.until("location.href !== 'about:blank' && document.readyState === 'complete'")
 
     async def run(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited."""
