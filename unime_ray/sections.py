@@ -15,3 +15,10 @@ class Section(BaseModel):
     """Base of every section: immutable, and a key it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PixelBudget(Section):
+    """Pixels a model gets per picture after resizing; None keeps the checkpoint's own setting."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
