@@ -268,7 +268,8 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         section = _section_at(problem["loc"][:-1])
         return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), section.model_fields)}"
-    return f"{where}: {problem['msg']}" if where else problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
 
 
 def _section_at(path: tuple[int | str, ...]) -> type[Section]:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from unime_ray.config_loss import LossSettings
 from unime_ray.sections import Count, Fraction, PixelBudget, Positive, Section
 
 
@@ -52,13 +53,8 @@ class TrainConfig(Section):
     seed: int = 0
 
 
-class EmbedderConfig(TrainConfig):
-    loss: Literal["judge_kl", "infonce", "hybrid"] = "judge_kl"
-    """UniME-V2's symmetrised KL, VLM2Vec's in-batch InfoNCE, or KL + `infonce_weight` x InfoNCE."""
-    num_negatives: Annotated[int, Field(ge=0)] = 8
-    temperature: Positive = 0.02
-    judge_temperature: Positive = 0.02
-    infonce_weight: Annotated[float, Field(ge=0.0)] = 1.0
+class EmbedderConfig(LossSettings, TrainConfig):
+    """How an embedder is trained: its loss with that loss's settings (`config_loss`), and the training itself."""
 
 
 class RerankerConfig(TrainConfig):

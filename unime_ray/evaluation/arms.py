@@ -60,9 +60,9 @@ def arms_of(run: Run, config: RunConfig) -> list[Arm]:
 
 
 def _is_partner(config: RunConfig, embedder: str, judge: str) -> bool:
-    """Whether a reranker of `judge` stands on this embedder: same judge, and not the baseline that ignores judges."""
+    """Whether a reranker of `judge` stands on this embedder: same judge, and no baseline that ignores judges."""
     section = config.embedders[embedder]
-    return section.loss != "infonce" and config.judge_of(section) == judge
+    return section.reads_judge and config.judge_of(section) == judge
 
 
 def _base(config: RunConfig) -> Arm:
@@ -73,8 +73,8 @@ def _base(config: RunConfig) -> Arm:
 
 def _embedder(run: Run, config: RunConfig, name: str) -> Arm:
     section, trained = config.embedders[name], run.artifact("embedder", name)
-    checkpoint = _trained(config, section, trained)
-    return Arm(name, RETRIEVE, name, None, config.judge_of(section), section.loss, checkpoint, trained)
+    judge = config.judge_of(section) if section.reads_judge else None
+    return Arm(name, RETRIEVE, name, None, judge, section.loss, _trained(config, section, trained), trained)
 
 
 def _reranked(run: Run, config: RunConfig, name: str, below: Arm) -> Arm:

@@ -42,7 +42,7 @@ def _labelled(arm: dict[str, Any]) -> dict[str, Any]:
         kind = "infonce" if arm["loss"] == "infonce" else "adapted"
     words = {"base": "before", "reranked": "reranked"}.get(kind, "after")
     notes = [f"loss {arm['loss']}"] if arm["loss"] and kind != "reranked" else []
-    notes += [f"judge {arm['judge']}"] if arm["judge"] and arm["loss"] != "infonce" else []
+    notes += [f"judge {arm['judge']}"] if arm["judge"] else []
     return arm | {"kind": kind, "when": words, "note": ", ".join(notes)}
 
 

@@ -14,7 +14,6 @@ from unime_ray.config import EmbedderConfig
 from unime_ray.models.backbone import Backbone
 from unime_ray.models.embedder import embed_batch
 from unime_ray.train.collate import (
-    InBatch,
     MicroBatch,
     Packed,
     SegmentStore,
@@ -24,6 +23,7 @@ from unime_ray.train.collate import (
     split,
 )
 from unime_ray.train.data import BatchOrder, Examples
+from unime_ray.train.embedder_loss import Embedded, embedder_loss
 from unime_ray.train.loop import StepLoss, Stepper
 from unime_ray.train.worker import Setting
 
@@ -41,7 +41,7 @@ class EmbeddingModule(nn.Module):
 
 
 class EmbedderObjective:
-    """UniME-V2's judge-aligned KL, in-batch InfoNCE (VLM2Vec), or both (`EmbedderConfig.loss`)."""
+    """Queries and candidates embedded, and the loss that `EmbedderConfig.loss` names."""
 
     def __init__(
         self, backbone: Backbone, examples: Examples, order: BatchOrder, store: SegmentStore, config: EmbedderConfig
@@ -58,14 +58,14 @@ class EmbedderObjective:
             for part in split(examples, config.micro_batch_queries)
         )
         in_batch = None
-        if config.loss != "judge_kl":
+        if not config.is_per_query:
             in_batch = in_batch_info(batch, rank, world, self.examples, config.num_negatives, self.backbone.device)
         return StepBatch(step, len(batch), micro_batches, in_batch)
 
     def backward(self, stepper: Stepper, batch: StepBatch[MicroBatch]) -> StepLoss:
         """One backward pass per micro-batch. A loss with in-batch negatives needs the embeddings of the whole batch
         first: it is then taken through them (gradient caching), for one more forward pass."""
-        found = (self._per_query if self.config.loss == "judge_kl" else self._in_batch)(stepper, batch)
+        found = (self._per_query if self.config.is_per_query else self._in_batch)(stepper, batch)
         return StepLoss(
             losses_B=found.detach(),
             query_ids=[example.query_id for micro in batch.micro_batches for example in micro.examples],
@@ -78,9 +78,7 @@ class EmbedderObjective:
 
         def part(micro: MicroBatch) -> Tensor:
             queries_BD, own_BKD = _pick(stepper.model(micro.inputs), micro)
-            cosines_BK = losses.cosines(queries_BD, own_BKD)
-            config = self.config
-            loss_B = losses.judge_kl(cosines_BK, micro.scores_BK, config.temperature, config.judge_temperature)
+            loss_B = embedder_loss(self.config, Embedded(queries_BD, own_BKD, micro.scores_BK))
             found.append(loss_B.detach())
             return loss_B.sum()
 
@@ -119,26 +117,8 @@ class EmbedderObjective:
         known = batch.in_batch
         assert known is not None
         candidates_MD = losses.gather_rows(own_BKD.flatten(0, 1), list(known.rows_per_rank))
-        return self._combine(queries_BD, own_BKD, candidates_MD, known, batch)
-
-    def _combine(
-        self, queries_BD: Tensor, own_BKD: Tensor, candidates_MD: Tensor, known: InBatch, batch: StepBatch[MicroBatch]
-    ) -> Tensor:
-        config = self.config
-        allowed_BM = losses.in_batch_mask(known.keys_M, known.known_BP, known.targets_B)
-        if config.loss == "infonce":
-            return losses.infonce(queries_BD, candidates_MD, known.targets_B, config.temperature, allowed_BM)
-        return losses.hybrid(
-            queries_BD,
-            own_BKD,
-            torch.cat([micro.scores_BK for micro in batch.micro_batches]),
-            candidates_MD,
-            known.targets_B,
-            allowed_BM,
-            temperature=config.temperature,
-            judge_temperature=config.judge_temperature,
-            infonce_weight=config.infonce_weight,
-        )
+        scores_BK = torch.cat([micro.scores_BK for micro in batch.micro_batches])
+        return embedder_loss(self.config, Embedded(queries_BD, own_BKD, scores_BK, candidates_MD, known))
 
 
 def _pick(rows_UD: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
