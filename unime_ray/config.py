@@ -17,11 +17,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from unime_ray.config_judge import JudgeConfig
 from unime_ray.config_serve import ServeConfig
 from unime_ray.config_train import EmbedderConfig, RerankerConfig, TrainConfig
 from unime_ray.config_train import LoraConfig as LoraConfig
 from unime_ray.errors import ConfigError
-from unime_ray.sections import Count, Fraction, PixelBudget, Positive, Section
+from unime_ray.sections import Count, Fraction, PixelBudget, Positive, Resources, Section
 
 
 class Columns(Section):
@@ -84,16 +85,6 @@ class CorpusConfig(Section):
     rows_per_task: Count = 512
 
 
-class Resources(Section):
-    """What one actor of a stage takes, and how many there may be."""
-
-    num_actors: Count = 1
-    max_actors: int | None = None
-    """With a value, Ray scales between `num_actors` and this many."""
-    num_cpus: Positive = 1.0
-    num_gpus: Annotated[float, Field(ge=0.0)] = 0.0
-
-
 class EmbedConfig(Section):
     """The embedder that mines (and the base that `embedders` adapt unless they name another)."""
 
@@ -117,34 +108,6 @@ class RetrieveConfig(Section):
     pool of the query's own dataset: right where datasets differ in what an answer is (pictures, or names)."""
     queries_per_batch: Count = 1024
     num_cpus: Positive = 1.0
-
-
-class JudgeConfig(Section):
-    """A judge: a vision-language model, or an oracle that reads a truth table (for measuring)."""
-
-    engine: Literal["transformers", "oracle"] = "transformers"
-    model: str = "tiny"
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    prompt_order: Literal["query_first", "candidate_first"] = "query_first"
-    repetition_penalty: Annotated[float, Field(ge=1.0)] = 1.0
-    """1.05 divides the logits of both answers as the published scores had it; 1.0 leaves them alone."""
-    share_prefix: bool = True
-    batch_tokens: Count = 16384
-    queries_per_batch: Count = 32
-    pixels: PixelBudget = PixelBudget()
-    truth: str | None = None
-    """Oracle: folder with `truth.parquet` and `truth_items.parquet`."""
-    noise_auc: Annotated[float, Field(gt=0.5, le=1.0)] = 1.0
-    """Oracle: noise its scores until its AUC is this (1.0: no noise)."""
-    max_error_rate: Fraction = 0.05
-    resources: Resources = Resources()
-
-    @model_validator(mode="after")
-    def _oracle_has_truth(self) -> JudgeConfig:
-        if self.engine == "oracle" and not self.truth:
-            raise ValueError("engine `oracle` needs `truth`: the folder with truth.parquet and truth_items.parquet")
-        return self
 
 
 class SelectConfig(Section):

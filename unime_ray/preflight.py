@@ -8,6 +8,7 @@ from typing import Any
 from unime_ray.artifacts import Run, filesystem
 from unime_ray.config import RunConfig
 from unime_ray.errors import ConfigError, CorpusError
+from unime_ray.prompts import judge_prompt
 
 DEMO_SCHEME = "demo://"
 DEMO_QUERIES = 1500
@@ -58,6 +59,7 @@ def check_run(run: Run, config: RunConfig) -> None:
     check_sources(config)
     check_truth(config)
     check_models(config)
+    check_servers(run, config)
 
 
 def check_sources(config: RunConfig) -> None:
@@ -89,8 +91,9 @@ def check_models(config: RunConfig) -> None:
 
     roles: dict[tuple[str, str | None], bool] = {(config.embed.model, config.embed.revision): False}
     for judge in config.judges.values():
-        if judge.engine != "oracle":
-            roles[(judge.model, judge.revision)] = True
+        if judge.engine not in ("oracle", "openai"):
+            prompt = judge_prompt(judge.prompt, judge.instruction)
+            check_model(judge.model, revision=judge.revision, needs_answers=True, prompt=prompt)
     for embedder in config.embedders.values():
         if embedder.model is not None:
             roles.setdefault((embedder.model, embedder.revision), False)
@@ -99,3 +102,12 @@ def check_models(config: RunConfig) -> None:
             roles[(reranker.model, reranker.revision)] = True
     for (model, revision), answers in roles.items():
         check_model(model, revision=revision, needs_answers=answers)
+
+
+def check_servers(run: Run, config: RunConfig) -> None:
+    """Raise ModelError unless every server that still has to judge answers and knows its model."""
+    for name, judge in config.judges.items():
+        if judge.server is not None and run.artifact("judgements", name).manifest() is None:
+            from unime_ray.models.judge_openai import check_server
+
+            check_server(judge.server, judge.model)

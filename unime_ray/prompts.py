@@ -10,6 +10,7 @@ its picture goes (VLM2Vec's convention, kept by UniME-V2). What `rendered` holds
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 IMAGE_MARKER = "<|image_1|>"
 
@@ -29,6 +30,15 @@ SUMMARY_PROMPT = "Summary above sentences in one word: \n"
 
 YES, NO = "Yes", "No"
 
+RERANKER_SYSTEM = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the "
+    'answer can only be "yes" or "no".'
+)
+RERANKER_TASK = "Given a search query, retrieve relevant candidates that answer the query."
+"""System turn and default task of the Qwen3-VL-Reranker checkpoints; their answers are lower-case."""
+
+UNIME_V2, QWEN3_VL_RERANKER = "unime_v2", "qwen3_vl_reranker"
+JUDGE_PROMPTS = (UNIME_V2, QWEN3_VL_RERANKER)
 PROMPT_ORDERS = ("query_first", "candidate_first")
 
 
@@ -54,6 +64,66 @@ def render(text: str | None, has_image: bool, instruction: str | None = None) ->
         head = f"{before}\n" if before else ""
         return f"{head}{IMAGE_MARKER}\n{after}"
     return f"{IMAGE_MARKER}\n{joined}" if has_image else joined
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """How a judge is asked: the words around a query and a candidate, and the two answers that are read.
+
+    A prompt is a system turn (or none) and a user's turn of prefix and suffix. The prefix ends where the second of the
+    two items begins, so that it is the part that pairs share.
+    """
+
+    name: str
+    yes: str
+    no: str
+    before_query: str
+    before_candidate: str
+    opening: str
+    """What precedes the first item's own heading."""
+    between: tuple[str, str]
+    """What stands between the items if the query comes first, and if the candidate does."""
+    system: str | None = None
+
+    def prefix(self, rendered: str, order: str = "query_first") -> str:
+        """Everything before the second item; `rendered` is the query, or the candidate if `candidate_first`."""
+        if order == "query_first":
+            return f"{self.opening}{self.before_query}{self.item(rendered)}{self.between[0]}{self.before_candidate}"
+        return f"{self.opening}{self.before_candidate}{self.item(rendered)}{self.between[1]}{self.before_query}"
+
+    def suffix(self, rendered: str) -> str:
+        """The second item, which ends the user's turn."""
+        return self.item(rendered)
+
+    def item(self, rendered: str) -> str:
+        """An item as this prompt shows it."""
+        if self.name == UNIME_V2:
+            return rendered
+        # The published script puts a picture right before its text, and a word where there is nothing.
+        return rendered.replace(f"{IMAGE_MARKER}\n", IMAGE_MARKER) or "NULL"
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that change whenever the wording does."""
+        if self.name == UNIME_V2:
+            return JUDGE_PROMPT_HASH
+        words = (self.opening, self.before_query, self.before_candidate, *self.between, self.yes, self.no)
+        return prompt_hash(self.name, self.system or "", *words)
+
+
+def judge_prompt(name: str = "unime_v2", instruction: str | None = None) -> JudgePrompt:
+    """The prompt of that name (`judges.*.prompt`).
+
+    Args:
+        instruction: `qwen3_vl_reranker`: what it says of the task.
+    """
+    if name == UNIME_V2:
+        opening = f"{JUDGE_INSTRUCTION} "
+        return JudgePrompt(name, YES, NO, "Query:", "Candidates:", opening, (", ", ", "))
+    if name != QWEN3_VL_RERANKER:
+        raise ValueError(f"no judge prompt {name!r}; there are {', '.join(JUDGE_PROMPTS)}")
+    opening = f"<Instruct>: {instruction or RERANKER_TASK}"
+    return JudgePrompt(name, "yes", "no", "<Query>:", "<Document>:", opening, ("\n", "\n"), RERANKER_SYSTEM)
 
 
 def judge_prefix(query: str) -> str:

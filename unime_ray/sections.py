@@ -1,4 +1,4 @@
-"""What every section of a config is made of."""
+"""What every section of a config is made of, and the sections that several share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ class Section(BaseModel):
     """Base of every section: immutable, and a key it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Resources(Section):
+    """What one actor of a stage takes, and how many there may be."""
+
+    num_actors: Count = 1
+    max_actors: int | None = None
+    """With a value, Ray scales between `num_actors` and this many."""
+    num_cpus: Positive = 1.0
+    num_gpus: Annotated[float, Field(ge=0.0)] = 0.0
 
 
 class PixelBudget(Section):

@@ -83,7 +83,7 @@ def mixed_items() -> list[FakeItem]:
     ]
 
 
-def build_tokenizer(words: tuple[str, ...] = ("Yes", "No")) -> PreTrainedTokenizerFast:
+def build_tokenizer(words: tuple[str, ...] = ("Yes", "No", "yes", "no")) -> PreTrainedTokenizerFast:
     """Byte-level BPE of a few hundred tokens, in which each of `words` is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -21,9 +24,11 @@ from tests.unit.models_fixtures import (
 from unime_ray.config import JudgeConfig
 from unime_ray.errors import ModelError
 from unime_ray.models import judge_transformers
-from unime_ray.models.backbone import Backbone
+from unime_ray.models.backbone import Backbone, check_model
 from unime_ray.models.judge import Verdict, load_judge, yes_probability
 from unime_ray.models.judge_transformers import TransformersJudge
+from unime_ray.models.prompt_ids import PromptIds
+from unime_ray.prompts import judge_prompt
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -47,10 +52,10 @@ def scores(verdicts: list[list[Verdict]]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def plain_pairs(backbone: Backbone, order: str) -> torch.Tensor:
+def plain_pairs(backbone: Backbone, order: str, ids: PromptIds | None = None) -> torch.Tensor:
     """Each pair whole, one at a time, through transformers' own forward and the full vocabulary."""
     model = AutoModelForImageTextToText.from_pretrained(backbone.path, attn_implementation="eager").eval()
-    ids = TransformersJudge(backbone, prompt_order=order).prompts
+    ids = ids or TransformersJudge(backbone, prompt_order=order).prompts
     rows = []
     for query, candidates in groups():
         for candidate in candidates:
@@ -108,14 +113,51 @@ def test_prompt_is_the_published_one(small: Path) -> None:
     assert "'No'. Candidates:CANDIDATE, Query:QUERY<|im_end|>" in judge.backbone.tokens.tokenizer.decode(segment.ids)
 
 
+@pytest.mark.parametrize("order", ["query_first", "candidate_first"])
+def test_a_yes_no_scorer_is_a_judge_by_its_prompt(tmp_path: Path, order: str) -> None:
+    folder = str(save_checkpoint(tmp_path, "qwen3_vl"))
+    judge = load_judge(JudgeConfig(model=folder, prompt="qwen3_vl_reranker", prompt_order=order))
+    assert isinstance(judge, TransformersJudge)
+    ids, tokenizer = judge.prompts, judge.backbone.tokens.tokenizer
+    assert [tokenizer.decode([one]) for one in (ids.yes_id, ids.no_id)] == ["yes", "no"]
+    query, candidate = "<|image_1|>\nQUERY", "DOCUMENT"
+    pictures = [judge.backbone.pixels.picture(picture(1))]
+    shown = tokenizer.decode(ids.build_judge_ids(query, candidate, (pictures, ())).ids)
+    shown = re.sub(r"<\|vision_start\|>(<\|image_pad\|>)+<\|vision_end\|>", "[picture]", shown)
+    sides = ["<Query>:[picture]QUERY", "<Document>:DOCUMENT"]
+    assert shown == (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+        "<|im_start|>user\n<Instruct>: Given a search query, retrieve relevant candidates that answer the query."
+        + "\n".join(sides if order == "query_first" else sides[::-1])
+        + "<|im_end|>\n<|im_start|>assistant\n"
+    )
+    expected = plain_pairs(judge.backbone, order, judge.prompts)
+    torch.testing.assert_close(scores(judge.score_groups(groups())), expected, atol=1e-5, rtol=0)
+    assert expected[:, 2].std() > 0.01
+
+
+def test_a_template_without_system_turns_cannot_take_the_scorers_prompt(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% for message in messages %}", "{% for message in messages if message.role == 'user' %}"
+    )
+    folder = str(save_checkpoint(tmp_path, tokenizer=tokenizer))
+    check_model(folder, needs_answers=True)
+    with pytest.raises(ModelError, match="drops the system turn"):
+        check_model(folder, needs_answers=True, prompt=judge_prompt("qwen3_vl_reranker"))
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_errors_stay_with_their_pair(small: Path, share: bool) -> None:
     judge = TransformersJudge(Backbone.load(str(small), device="cpu"), share_prefix=share)
     good, broken, long = make_item("good"), make_item("broken", b"GIF89a"), make_item("very long " * 400)
-    verdicts = judge.score_groups([(good, [good, broken, long]), (broken, [good]), (long, [good]), (good, [])])
+    huge = make_item("huge", picture_of_pixels(9000, 9000))
+    verdicts = judge.score_groups([(good, [good, broken, long, huge]), (broken, [good]), (long, [good]), (good, [])])
     assert verdicts[0][0].error is None and 0 < (verdicts[0][0].score or 0) < 1
     assert "picture" in (verdicts[0][1].error or "") and "picture" in (verdicts[1][0].error or "")
     assert "context is 1024" in (verdicts[0][2].error or "") and "context" in (verdicts[2][0].error or "")
+    assert "9000x9000 pixels; corpus.image.max_source_pixels is" in (verdicts[0][3].error or "")
     assert verdicts[3] == [] and verdicts[0][1].score is None
 
 
@@ -161,6 +203,19 @@ def test_load_judge_checks_the_checkpoint(small: Path, tmp_path: Path) -> None:
     split = save_checkpoint(tmp_path / "split", tokenizer=build_tokenizer(("No",)))
     with pytest.raises(ModelError, match="'Yes' is not a single token"):
         load_judge(JudgeConfig(model=str(split)))
+    blind = save_checkpoint(tmp_path / "blind")
+    (blind / "preprocessor_config.json").unlink()
+    for check in (lambda: check_model(str(blind)), lambda: load_judge(JudgeConfig(model=str(blind)))):
+        with pytest.raises(ModelError, match="no image processor, so it cannot take pictures"):
+            check()
+
+
+def picture_of_pixels(width: int, height: int) -> bytes:
+    """The header of a PNG that says it is so large; that is all anybody should read of it."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def test_batches_cover_every_pair_within_the_budget(small: Path) -> None:

@@ -9,16 +9,22 @@ import pytest
 
 from tests.unit.models_fixtures import make_item, picture
 from unime_ray import prompts
+from unime_ray.config import JudgeConfig, RunConfig
+from unime_ray.config_judge import ServerConfig
 from unime_ray.errors import EngineDied, ModelError
-from unime_ray.models.judge_openai import OpenAIJudge, OpenAIServer
+from unime_ray.models.judge import load_judge
+from unime_ray.models.judge_openai import OpenAIJudge, check_server
 
-SERVER = OpenAIServer("http://judge.test/v1", "some-judge", concurrency=2, attempts=3, retry_seconds=0.0)
+SERVER = ServerConfig(base_url="http://judge.test/v1", concurrency=2, attempts=3, retry_seconds=0.0)
+
+
+def client_of(answer: Any) -> Any:
+    httpx = pytest.importorskip("httpx", reason="engine openai needs httpx")
+    return httpx.Client(base_url="http://judge.test/v1/", transport=httpx.MockTransport(answer))
 
 
 def openai_judge(answer: Any, **settings: Any) -> OpenAIJudge:
-    httpx = pytest.importorskip("httpx", reason="engine openai needs httpx")
-    client = httpx.Client(base_url="http://judge.test/v1/", transport=httpx.MockTransport(answer))
-    return OpenAIJudge(SERVER, client=client, **settings)
+    return OpenAIJudge(SERVER, "some-judge", client=client_of(answer), **settings)
 
 
 def completion(**logprobs: float) -> dict[str, Any]:
@@ -70,9 +76,74 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_not() -> N
     assert openai_judge(lambda request: answers.pop(0)).score(item, [item])[0].score == pytest.approx(0.5)
     with pytest.raises(EngineDied, match="3 attempts"):
         openai_judge(lambda request: httpx.Response(503)).score(item, [item])
-    with pytest.raises(ModelError, match="OPENAI_API_KEY"):
+    with pytest.raises(ModelError, match="401 for model some-judge.*no key was sent"):
         openai_judge(lambda request: httpx.Response(401)).score(item, [item])
     with pytest.raises(ModelError, match="no log-probabilities"):
         openai_judge(lambda request: httpx.Response(200, json={"choices": [{}]})).score(item, [item])
-    with pytest.raises(ModelError, match="repetition_penalty"):
-        openai_judge(lambda request: httpx.Response(200), repetition_penalty=1.05)
+    with pytest.raises(ModelError, match="without JSON"):
+        openai_judge(lambda request: httpx.Response(200, text="<html>")).score(item, [item])
+
+
+def test_a_yes_no_scorer_is_asked_with_its_own_prompt() -> None:
+    httpx = pytest.importorskip("httpx")
+    asked: list[Any] = []
+
+    def answer(request: Any) -> Any:
+        asked.append(json.loads(request.content)["messages"])
+        return httpx.Response(200, json=completion(yes=-0.2, no=-1.7, Yes=-9.0))
+
+    prompt = prompts.judge_prompt("qwen3_vl_reranker", "Find the animal.")
+    query, candidate = make_item("look", picture(1)), make_item("a fox")
+    (verdict,) = openai_judge(answer, prompt=prompt).score(query, [candidate])
+    assert verdict.score == pytest.approx(1 / (1 + 2.718281828 ** (-1.5)))
+    ((system, user),) = asked
+    assert system == {"role": "system", "content": prompts.RERANKER_SYSTEM}
+    opening, shown, middle, last = user["content"]
+    assert opening["text"] == "<Instruct>: Find the animal.<Query>:" and shown["type"] == "image_url"
+    assert (middle["text"], last["text"]) == ("look\n<Document>:", "a fox")
+
+
+def test_the_server_is_asked_for_its_models_before_work_starts() -> None:
+    httpx = pytest.importorskip("httpx")
+    listed = httpx.Response(200, json={"data": [{"id": "other"}, {"id": "some-judge"}]})
+    check_server(SERVER, "some-judge", client_of(lambda request: listed))
+    check_server(SERVER, "some-judge", client_of(lambda request: httpx.Response(404)))
+    with pytest.raises(ModelError, match="no model 'another'; it has other, some-judge"):
+        check_server(SERVER, "another", client_of(lambda request: listed))
+    with pytest.raises(ModelError, match="answers 401: check `server.api_key_env`"):
+        check_server(SERVER, "some-judge", client_of(lambda request: httpx.Response(401)))
+
+    def refuse(request: Any) -> Any:
+        raise httpx.ConnectError("connection refused")
+
+    with pytest.raises(ModelError, match="does not answer: ConnectError"):
+        check_server(SERVER, "some-judge", client_of(refuse))
+
+
+def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("httpx")
+    config = JudgeConfig(engine="openai", model="m", server=SERVER.model_copy(update={"api_key_env": "JUDGE_TEST_KEY"}))
+    monkeypatch.delenv("JUDGE_TEST_KEY", raising=False)
+    with pytest.raises(ModelError, match=r"variable JUDGE_TEST_KEY \(server.api_key_env\) is not set"):
+        load_judge(config)
+    monkeypatch.setenv("JUDGE_TEST_KEY", "s3cret")
+    judge = load_judge(config)
+    assert isinstance(judge, OpenAIJudge) and judge._client.headers["authorization"] == "Bearer s3cret"
+    assert "s3cret" not in RunConfig(judges={"j": config}).model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"engine": "openai"}, "needs `server"),
+        ({"server": {"base_url": "http://x/v1"}}, "`server` is for engine `openai`"),
+        ({"engine": "openai", "server": {"base_url": "x/v1"}}, "base_url must be an address"),
+        ({"engine": "openai", "server": {"base_url": "http://me:pw@x/v1"}}, "which the manifest would show"),
+        ({"engine": "openai", "server": {"base_url": "http://x/v1", "api_key_env": "sk-123"}}, "not the key itself"),
+        ({"engine": "openai", "server": {"base_url": "http://x"}, "repetition_penalty": 1.05}, "needs logits"),
+        ({"instruction": "Find it."}, "`instruction` is for prompt `qwen3_vl_reranker`"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(section: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        JudgeConfig.model_validate(section)

@@ -25,8 +25,9 @@ from unime_ray.models.cache import ByteCache
 from unime_ray.models.items import Item
 from unime_ray.models.names import resolve_model
 from unime_ray.models.pixels import CHECKPOINT_BUDGET, Picture, PixelPipeline
-from unime_ray.models.prompt_ids import PromptIds
+from unime_ray.models.prompt_ids import UNIME_V2, PromptIds
 from unime_ray.models.tokens import PromptTokenizer, Segment
+from unime_ray.prompts import JudgePrompt
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FEATURE_CACHE_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}
@@ -101,9 +102,8 @@ class Backbone:
         path = resolve_model(model)
         disable_progress_bar()  # one line per shard and actor would drown a job's own log
         config, tokens = read_tokens(model, revision)
+        processor = read_processor(model, revision)
         try:
-            # The PIL backend: the default one needs torchvision.
-            processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
             loaded = AutoModelForImageTextToText.from_pretrained(
                 path, config=config, revision=revision, dtype=getattr(torch, dtype)
             )
@@ -296,14 +296,30 @@ def read_tokens(model: str, revision: str | None = None) -> tuple[Any, PromptTok
     return config, PromptTokenizer(tokenizer, config.image_token_id, vision_ids, merge, model)
 
 
-def check_model(model: str, *, revision: str | None = None, needs_answers: bool = False) -> None:
-    """Raise ModelError unless `model` can embed and, with `needs_answers`, can judge and rerank.
+def read_processor(model: str, revision: str | None = None) -> Any:
+    """A checkpoint's image processor.
 
-    Reads the configuration and the tokenizer only, so it is cheap enough to do before any work starts.
+    Raises:
+        ModelError: it has none, so it cannot take pictures.
+    """
+    try:
+        # The PIL backend: the default one needs torchvision.
+        return AutoImageProcessor.from_pretrained(resolve_model(model), revision=revision, backend="pil")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {model}: no image processor, so it cannot take pictures ({_line(error)})") from error
+
+
+def check_model(
+    model: str, *, revision: str | None = None, needs_answers: bool = False, prompt: JudgePrompt = UNIME_V2
+) -> None:
+    """Raise ModelError unless `model` can embed and, with `needs_answers`, can judge (asked by `prompt`) and rerank.
+
+    Reads the configuration, the tokenizer and the image processor only: cheap enough to do before any work starts.
     """
     _, tokens = read_tokens(model, revision)
+    PixelPipeline(read_processor(model, revision))
     if needs_answers:
-        PromptIds(tokens)
+        PromptIds(tokens, judge_prompt=prompt)
 
 
 def default_device() -> torch.device:

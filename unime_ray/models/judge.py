@@ -2,7 +2,8 @@
 
     s = exp(l_Yes) / (exp(l_Yes) + exp(l_No))
 
-Engines: `judge_transformers` (a vision-language model) and `oracle` (a truth table, for measuring).
+Engines: `judge_transformers` (a vision-language model in this process), `judge_openai` (behind a server) and `oracle`
+(a truth table, for measuring).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from unime_ray.config import JudgeConfig
+from unime_ray.errors import ModelError
 from unime_ray.models.items import Item
+from unime_ray.prompts import judge_prompt
 
 Group = tuple[Item, Sequence[Item]]
 """A query and its candidates."""
@@ -53,7 +56,8 @@ def load_judge(config: JudgeConfig) -> Judge:
     """The judge a config describes.
 
     Raises:
-        ModelError: the checkpoint cannot judge (no chat template, Yes or No is not a single token, ...).
+        ModelError: the checkpoint cannot judge (no chat template, Yes or No is not a single token, ...), or a server's
+            key is not there.
         CorpusError: the oracle's truth table cannot be read.
     """
     if config.engine == "oracle":
@@ -61,6 +65,13 @@ def load_judge(config: JudgeConfig) -> Judge:
         from unime_ray.models.oracle import OracleJudge
 
         return OracleJudge(Truth.load(config.truth or ""), config.noise_auc)
+    prompt = judge_prompt(config.prompt, config.instruction)
+    if config.engine == "openai":
+        from unime_ray.models.judge_openai import OpenAIJudge
+
+        if config.server is None:
+            raise ModelError("engine `openai` needs `server: {base_url: http://host:port/v1}`")
+        return OpenAIJudge(config.server, config.model, prompt_order=config.prompt_order, prompt=prompt)
     from unime_ray.models.backbone import Backbone
     from unime_ray.models.judge_transformers import TransformersJudge
 
@@ -71,6 +82,7 @@ def load_judge(config: JudgeConfig) -> Judge:
         repetition_penalty=config.repetition_penalty,
         share_prefix=config.share_prefix,
         batch_tokens=config.batch_tokens,
+        prompt=prompt,
     )
 
 

@@ -14,10 +14,10 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from unime_ray import prompts
+from unime_ray.config_judge import ServerConfig
 from unime_ray.corpus.images import decode
 from unime_ray.errors import EngineDied, ModelError, RejectedRow
 from unime_ray.models.items import Item
@@ -26,29 +26,15 @@ from unime_ray.models.judge import Group, Verdict
 if TYPE_CHECKING:
     import httpx
 
+UNIME_V2 = prompts.judge_prompt()
 MIME_TYPES = ((b"\x89PNG", "image/png"), (b"\xff\xd8", "image/jpeg"), (b"GIF8", "image/gif"), (b"RIFF", "image/webp"))
 CERTAIN = 6.9
 """An answer missing from `top_logprobs` that is at least so far below the other (e^6.9 = 1000) changes no score by more
 than 0.001; its bound then stands for it."""
 REFUSED = (401, 403, 404)
+MAX_ANSWER_BYTES = 2**20
+MODELS_SHOWN = 5
 BUSY = (408, 429, 500, 502, 503, 504)
-
-
-@dataclass(frozen=True)
-class OpenAIServer:
-    """Where the server is and how it is used."""
-
-    base_url: str
-    """Up to and with `/v1`."""
-    model: str
-    api_key_env: str = "OPENAI_API_KEY"
-    """Name of the environment variable that holds the key; unset means no key is sent."""
-    concurrency: int = 32
-    timeout: float = 120.0
-    attempts: int = 5
-    top_logprobs: int = 20
-    retry_seconds: float = 1.0
-    """Wait before the second attempt; doubled for each one after it."""
 
 
 class OpenAIJudge:
@@ -56,24 +42,19 @@ class OpenAIJudge:
 
     def __init__(
         self,
-        server: OpenAIServer,
+        server: ServerConfig,
+        model: str,
         *,
         prompt_order: str = "query_first",
-        repetition_penalty: float = 1.0,
+        prompt: prompts.JudgePrompt = UNIME_V2,
         client: httpx.Client | None = None,
     ) -> None:
-        """`client` replaces the HTTP client, for proxies and tests.
+        """`model` is the name the server knows; `client` replaces the HTTP client, for proxies and tests.
 
         Raises:
-            ModelError: httpx is not installed, or `repetition_penalty` is not 1: log-probabilities are logits less a
-                constant that the server keeps to itself, so it cannot be applied to them.
+            ModelError: httpx is not installed.
         """
-        if repetition_penalty != 1.0:
-            raise ModelError(
-                f"engine openai: repetition_penalty {repetition_penalty:g} needs logits; set it to 1.0, or use the "
-                "engine transformers"
-            )
-        self.server, self.prompt_order = server, prompt_order
+        self.server, self.model, self.prompt_order, self.prompt = server, model, prompt_order, prompt
         self._client = client if client is not None else _client(server)
 
     def score(self, query: Item, candidates: Sequence[Item]) -> list[Verdict]:
@@ -95,17 +76,19 @@ class OpenAIJudge:
     def _score(self, pair: tuple[Item, Item], parts: _Parts) -> Verdict:
         query, candidate = pair
         first, second = (query, candidate) if self.prompt_order == "query_first" else (candidate, query)
-        opening = prompts.judge_prefix if self.prompt_order == "query_first" else prompts.judge_prefix_candidate_first
+        opening, ending = self.prompt.prefix(first.rendered, self.prompt_order), self.prompt.suffix(second.rendered)
         try:
-            content = parts.of(opening(first.rendered), first) + parts.of(second.rendered, second)
+            content = parts.of(opening, first) + parts.of(ending, second)
         except RejectedRow as reason:
             return Verdict.failed(reason.reason)
         return self._ask(content)
 
     def _ask(self, content: list[dict[str, Any]]) -> Verdict:
+        system = self.prompt.system
+        turns = [{"role": "system", "content": system}] if system is not None else []
         body = {
-            "model": self.server.model,
-            "messages": [{"role": "user", "content": content}],
+            "model": self.model,
+            "messages": [*turns, {"role": "user", "content": content}],
             "max_tokens": 1,
             "temperature": 0.0,
             "logprobs": True,
@@ -114,12 +97,12 @@ class OpenAIJudge:
         response = self._post(body)
         if response.status_code in REFUSED:
             raise ModelError(
-                f"{self.server.base_url} answers {response.status_code} for model {self.server.model}: check "
-                f"`base_url`, `model` and the key in ${self.server.api_key_env} ({_line(response.text)})"
+                f"{self.server.base_url} answers {response.status_code} for model {self.model}: check "
+                f"`base_url`, `model` and {_key_place(self.server)} ({_line(response.text)})"
             )
         if response.status_code != 200:
             return Verdict.failed(f"the server answered {response.status_code}: {_line(response.text)}")
-        return self._read(response.json())
+        return self._read(_answer(response, self.server))
 
     def _post(self, body: dict[str, Any]) -> httpx.Response:
         """The response of the first attempt that gives one worth reading; the last one's if all were busy."""
@@ -145,10 +128,10 @@ class OpenAIJudge:
             found = {entry["token"]: float(entry["logprob"]) for entry in top}
         except (KeyError, IndexError, TypeError) as error:
             raise ModelError(
-                f"{self.server.base_url} returned no log-probabilities for model {self.server.model}: a judge needs a "
+                f"{self.server.base_url} returned no log-probabilities for model {self.model}: a judge needs a "
                 "server that supports `top_logprobs`"
             ) from error
-        yes, no = found.get(prompts.YES), found.get(prompts.NO)
+        yes, no = found.get(self.prompt.yes), found.get(self.prompt.no)
         floor = min(found.values(), default=0.0)
         if yes is not None and no is not None:
             return Verdict.of(yes, no)
@@ -156,7 +139,7 @@ class OpenAIJudge:
             return Verdict.of(yes, floor)
         if no is not None and no - floor >= CERTAIN:
             return Verdict.of(floor, no)
-        missing = [word for word, value in ((prompts.YES, yes), (prompts.NO, no)) if value is None]
+        missing = [word for word, value in ((self.prompt.yes, yes), (self.prompt.no, no)) if value is None]
         return Verdict.failed(f"{' and '.join(missing)} not among the server's {len(found)} most likely tokens")
 
 
@@ -202,18 +185,71 @@ def _text(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def _client(server: OpenAIServer) -> httpx.Client:
+def _client(server: ServerConfig) -> httpx.Client:
     try:
         import httpx
     except ModuleNotFoundError as error:
         raise ModelError("engine openai needs httpx: pip install httpx") from error
-    key = os.environ.get(server.api_key_env)
     return httpx.Client(
         base_url=server.base_url.rstrip("/") + "/",
-        headers={"Authorization": f"Bearer {key}"} if key else {},
+        headers=_headers(server),
         timeout=server.timeout,
         limits=httpx.Limits(max_connections=server.concurrency),
     )
+
+
+def _headers(server: ServerConfig) -> dict[str, str]:
+    if server.api_key_env is None:
+        return {}
+    key = os.environ.get(server.api_key_env)
+    if not key:
+        raise ModelError(f"the environment variable {server.api_key_env} (server.api_key_env) is not set on this node")
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _key_place(server: ServerConfig) -> str:
+    return f"the key in ${server.api_key_env}" if server.api_key_env else "`server.api_key_env` (no key was sent)"
+
+
+def _answer(response: httpx.Response, server: ServerConfig) -> dict[str, Any]:
+    if len(response.content) > MAX_ANSWER_BYTES:
+        raise ModelError(f"{server.base_url} answered {len(response.content)} bytes to a request for one token")
+    try:
+        return dict(response.json())
+    except ValueError as error:
+        raise ModelError(f"{server.base_url} answered 200 without JSON: {_line(response.text)}") from error
+
+
+def check_server(server: ServerConfig, model: str, client: httpx.Client | None = None) -> None:
+    """Ask the server for its models, once.
+
+    A server without such a list passes: the first pair then tells.
+
+    Raises:
+        ModelError: the key's variable is not set, the server does not answer or refuses the key, or does not have
+            `model`.
+    """
+    asked = client if client is not None else _client(server)
+    import httpx
+
+    try:
+        response = asked.get("models")
+    except httpx.TransportError as error:
+        raise ModelError(f"{server.base_url} does not answer: {type(error).__name__}: {_line(str(error))}") from error
+    if response.status_code in (401, 403):
+        raise ModelError(f"{server.base_url} answers {response.status_code}: check {_key_place(server)}")
+    if response.status_code != 200:
+        return
+    names = _model_names(response)
+    if names and model not in names:
+        raise ModelError(f"{server.base_url} has no model {model!r}; it has {', '.join(sorted(names)[:MODELS_SHOWN])}")
+
+
+def _model_names(response: httpx.Response) -> set[str]:
+    try:
+        return {str(entry["id"]) for entry in response.json()["data"]}
+    except (ValueError, KeyError, TypeError):
+        return set()
 
 
 def _line(text: str) -> str:

@@ -20,9 +20,10 @@ from unime_ray.models.embedder import token_budget_batches
 from unime_ray.models.items import Item
 from unime_ray.models.judge import Group, Verdict
 from unime_ray.models.pixels import Picture
-from unime_ray.models.prompt_ids import PromptIds, check_length, strip_start
+from unime_ray.models.prompt_ids import UNIME_V2, PromptIds, check_length, strip_start
 from unime_ray.models.shared_prefix import extend, prefill
 from unime_ray.models.tokens import Segment, join, text_segment
+from unime_ray.prompts import JudgePrompt
 
 DEFAULT_BATCH_TOKENS = 16384
 Place = tuple[int, int]
@@ -55,6 +56,7 @@ class TransformersJudge:
         repetition_penalty: float = 1.0,
         share_prefix: bool = True,
         batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        prompt: JudgePrompt = UNIME_V2,
     ) -> None:
         """`repetition_penalty` as the logits processors of transformers and vLLM apply it: the prompt has both answers.
 
@@ -63,7 +65,7 @@ class TransformersJudge:
         """
         self.backbone, self.batch_tokens = backbone, backbone.batch_budget(batch_tokens)
         self.repetition_penalty = repetition_penalty
-        self.prompts = PromptIds(backbone.tokens, prompt_order)
+        self.prompts = PromptIds(backbone.tokens, prompt_order, prompt)
         self.shares_prefix = share_prefix and backbone.can_share_prefix
         """False: each pair runs whole, because it was asked for or the checkpoint's attention slides."""
         self._static: Prefix | None = None

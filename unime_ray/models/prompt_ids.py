@@ -18,6 +18,7 @@ from unime_ray.models.pixels import Picture
 from unime_ray.models.tokens import PromptTokenizer, Segment, join
 
 MAX_LIST = 10
+UNIME_V2 = prompts.judge_prompt()
 PROBES = ("a", "1", "\n", '"')
 
 
@@ -25,14 +26,22 @@ class PromptIds:
     """Judge and listwise prompts of one checkpoint.
 
     Raises (on construction):
-        ModelError: no chat template; Yes, No or a digit is not a single token.
+        ModelError: no chat template; an answer (Yes, No) or a digit is not a single token.
     """
 
-    def __init__(self, tokens: PromptTokenizer, prompt_order: str = "query_first") -> None:
-        self.tokens, self.prompt_order = tokens, prompt_order
+    def __init__(
+        self,
+        tokens: PromptTokenizer,
+        prompt_order: str = "query_first",
+        judge_prompt: prompts.JudgePrompt = UNIME_V2,
+    ) -> None:
+        self.tokens, self.prompt_order, self.judge_prompt = tokens, prompt_order, judge_prompt
         before, after = tokens.chat_wrap()
         self._before, self._after = tokens.text(before, special=True), tokens.text(after, special=True)
-        self.yes_id, self.no_id = tokens.answer_ids()
+        self._judge_before = self._before
+        if judge_prompt.system is not None:
+            self._judge_before = tokens.text(tokens.chat_wrap(judge_prompt.system)[0], special=True)
+        self.yes_id, self.no_id = tokens.answer_ids((judge_prompt.yes, judge_prompt.no))
         self.labels = _list_labels(tokens)
         self.index_ids = tokens.answer_ids(self.labels)
         self.static = _common_start([self.judge_prefix(probe, []) for probe in PROBES])
@@ -44,13 +53,12 @@ class PromptIds:
         Raises:
             RejectedRow: the text's image markers do not match `pictures`.
         """
-        first = self.prompt_order == "query_first"
-        turn = prompts.judge_prefix(rendered) if first else prompts.judge_prefix_candidate_first(rendered)
-        return join([self._before, self.tokens.rendered(turn, pictures)])
+        turn = self.judge_prompt.prefix(rendered, self.prompt_order)
+        return join([self._judge_before, self.tokens.rendered(turn, pictures)])
 
     def judge_suffix(self, rendered: str, pictures: Sequence[Picture]) -> Segment:
         """The other item and the chat template's end, up to where the answer starts."""
-        return join([self.tokens.rendered(rendered, pictures), self._after])
+        return join([self.tokens.rendered(self.judge_prompt.suffix(rendered), pictures), self._after])
 
     def build_judge_ids(
         self, query: str, candidate: str, pictures: tuple[Sequence[Picture], Sequence[Picture]]

@@ -108,21 +108,26 @@ class PromptTokenizer:
                 segments.append(self.text(after))
         return join(segments)
 
-    def chat_wrap(self) -> tuple[str, str]:
+    def chat_wrap(self, system: str | None = None) -> tuple[str, str]:
         """What the chat template puts before and after a user's turn, up to where the answer starts.
 
+        With `system`, a system turn of that text comes first.
+
         Raises:
-            ModelError: the tokenizer has no chat template, or one that does not carry the user's text.
+            ModelError: the tokenizer has no chat template, or one that does not carry the user's text (or `system`).
         """
         if not self.tokenizer.chat_template:
             raise ModelError(
                 f"model {self.name} has no chat template: a judge or reranker needs one (chat_template.jinja)"
             )
-        turn = [{"role": "user", "content": CONTENT_SENTINEL}]
-        whole = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "system", "content": system}] if system is not None else []
+        turns.append({"role": "user", "content": CONTENT_SENTINEL})
+        whole = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         before, found, after = whole.partition(CONTENT_SENTINEL)
         if not found:
             raise ModelError(f"model {self.name}: its chat template drops the user's text")
+        if system is not None and system not in before:
+            raise ModelError(f"model {self.name}: its chat template drops the system turn that the prompt needs")
         return before, after
 
     def answer_ids(self, answers: Sequence[str] = (YES, NO)) -> list[int]:

@@ -23,7 +23,7 @@ from unime_ray.corpus.payload import Item, PayloadStore
 from unime_ray.errors import ArtifactError, ConfigError, ModelError
 from unime_ray.ids import show
 from unime_ray.models.judge import Judge, Verdict
-from unime_ray.prompts import JUDGE_PROMPT_HASH
+from unime_ray.prompts import judge_prompt
 from unime_ray.schemas import JUDGEMENTS, conform
 from unime_ray.stages.candidates import CandidateRows
 from unime_ray.stages.engine import (
@@ -42,6 +42,8 @@ PAIRS_BEFORE_GIVING_UP = 2000
 """An actor that has seen so many pairs stops the job at once when too many of them failed."""
 IDENTITY = {"engine", "model", "revision", "dtype", "prompt_order", "repetition_penalty", "pixels", "noise_auc"}
 """Settings that scores depend on; the others only say how fast they come."""
+SERVED = "served"
+"""Revision of a model behind a server that the config gives none for."""
 TRUTH_FILES = ("truth.parquet", "truth_items.parquet")
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def load_scorer(config: JudgeConfig) -> Judge:
     """The judge of `config`, in this process, with as many threads as the actor has CPUs."""
     from unime_ray.models.judge import load_judge
 
-    if config.engine != "oracle":
+    if config.engine not in ("oracle", "openai"):
         use_threads(config.resources.num_cpus)
     return load_judge(config)
 
@@ -75,23 +77,27 @@ def run_judge(
     candidates = run.artifact("candidates", "base")
     candidates.require()
     revision = judge_revision(settings)
+    prompt_hash = judge_prompt(settings.prompt, settings.instruction).hash
     manifest = run_stage(
         artifact,
         stage="judge",
         code_version=CODE_VERSION,
         config=settings.model_dump(mode="json", include=IDENTITY),
         inputs=[candidates],
-        extra_inputs={"model": revision, "prompt": JUDGE_PROMPT_HASH},
-        build=lambda: _build(run, judge_name, settings, artifact, candidates, load, revision),
+        extra_inputs={"model": revision, "prompt": prompt_hash},
+        build=lambda: _build(run, judge_name, settings, artifact, candidates, load, revision, prompt_hash),
     )
     Progress(artifact, "query_id").clear()
     return manifest
 
 
 def judge_revision(settings: JudgeConfig) -> str:
-    """What exactly judges: a checkpoint's revision, or the content of the oracle's truth table."""
+    """What exactly judges: a checkpoint's revision (a server's as the config names it), or the content of the oracle's
+    truth table."""
     if settings.engine == "oracle":
         return _truth_digest(settings.truth or "")
+    if settings.engine == "openai":
+        return settings.revision or SERVED
     from unime_ray.models.names import model_revision, resolve_model
 
     return model_revision(resolve_model(settings.model), settings.revision)
@@ -116,6 +122,7 @@ def _build(
     candidates: Artifact,
     load: Callable[[JudgeConfig], Judge],
     revision: str,
+    prompt_hash: str,
 ) -> StageResult:
     queries, pairs = _work(candidates)
     progress = Progress(artifact, "query_id")
@@ -143,7 +150,7 @@ def _build(
         counts={"queries": queries.num_rows, **counts},
         model=settings.model if settings.engine != "oracle" else f"oracle {settings.noise_auc:g}",
         revision=revision,
-        prompt_hash=JUDGE_PROMPT_HASH,
+        prompt_hash=prompt_hash,
         resumed_rows=before,
     )
 
