@@ -21,8 +21,14 @@ SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson"),
     "csv": (".csv", ".tsv"),
     "unime_json": (".json",),
+    "webdataset": (".tar",),
+    "mmeb_train": (".parquet", ".pq", ".jsonl", ".ndjson"),
+    "mmeb_eval": (".parquet", ".pq", ".jsonl", ".ndjson"),
+    "hf_dataset": (".arrow",),
+    "coco": (".json",),
+    "flickr30k": (".json", ".token", ".csv"),
 }
-COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip", ".tar")
+COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".zip", ".tar", ".tgz")
 WHOLE_HASH_BYTES = 256 * 2**20
 SAMPLE_BYTES, NUM_SAMPLES = 2**20, 64
 
@@ -53,7 +59,8 @@ def source_files(source: Source) -> list[str]:
         suffixes = ", ".join(SUFFIXES[source.format])
         raise CorpusError(f"{source.path}: no files ({suffixes}) there; check corpus.sources.path")
     for file in found:
-        if file.partition("?")[0].lower().endswith(COMPRESSED):
+        name = file.partition("?")[0].lower()
+        if name.endswith(COMPRESSED) and not name.endswith(SUFFIXES[source.format]):
             raise CorpusError(f"{file}: compressed files cannot be read in parts; unpack it first")
     return found
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from unime_ray.config import Source
 from unime_ray.corpus.files import open_file
 from unime_ray.corpus.records import Record, Reject
-from unime_ray.corpus.rows import record_of
+from unime_ray.corpus.rows import MakeRecord, record_of
 from unime_ray.corpus.units import STAGE, Unit
 from unime_ray.errors import RejectedRow
 
@@ -29,21 +29,23 @@ def cut(file: str, source: Source, rows_per_task: int) -> Iterator[Unit]:
         yield Unit(file, start, offset, first_row, lines)
 
 
-def read(unit: Unit, source: Source) -> Iterator[Record | Reject]:
-    """The rows of a unit; blank lines are skipped."""
+def read(
+    unit: Unit, source: Source, make: MakeRecord = record_of, names: Collection[str | None] | None = None
+) -> Iterator[Record | Reject]:
+    """The rows of a unit; blank lines are skipped. `names` is for formats of columns: a line is parsed whole."""
     for number, line in enumerate(_lines(unit.file, unit.start, unit.stop), unit.first_row):
         if number == 1:
             line = line.removeprefix(BOM)
         if line.strip():
-            yield _record(line, number, source, unit.file)
+            yield _record(line, number, source, unit.file, make)
 
 
-def _record(line: bytes, number: int, source: Source, file: str) -> Record | Reject:
+def _record(line: bytes, number: int, source: Source, file: str, make: MakeRecord) -> Record | Reject:
     try:
         row = json.loads(line.decode())
         if not isinstance(row, dict):
             raise RejectedRow(f"the line holds {type(row).__name__}, not an object {{...}}")
-        return record_of(row, number, source, file)
+        return make(row, number, source, file)
     except RejectedRow as error:
         reason = error.reason
     except UnicodeDecodeError as error:

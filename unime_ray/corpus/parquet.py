@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from unime_ray.config import Columns, Source
 from unime_ray.corpus.files import open_file
 from unime_ray.corpus.records import Record, Reject
-from unime_ray.corpus.rows import NESTED, record_of
+from unime_ray.corpus.rows import NESTED, MakeRecord, record_of
 from unime_ray.corpus.units import STAGE, Unit, check_columns
 from unime_ray.errors import CorpusError, RejectedRow
 
@@ -31,36 +31,39 @@ def cut(file: str, source: Source, rows_per_task: int) -> Iterator[Unit]:
             start, first_row, rows = group + 1, first_row + rows, 0
 
 
-def read(unit: Unit, source: Source) -> Iterator[Record | Reject]:
-    """The rows of a unit, a few at a time; only the columns that are mapped are read."""
+def read(
+    unit: Unit, source: Source, make: MakeRecord = record_of, names: Collection[str | None] | None = None
+) -> Iterator[Record | Reject]:
+    """The rows of a unit, a few at a time; only the columns that are mapped (or `names`) are read."""
     parquet = _open(unit.file)
-    wanted = {getattr(source.columns, key) for key in Columns.model_fields} | set(NESTED)
+    wanted = names or {getattr(source.columns, key) for key in Columns.model_fields} | set(NESTED)
     columns = [name for name in parquet.schema_arrow.names if name in wanted]
     if not columns:  # reading no column would give no rows at all, and each must get its line in `rejects`
         columns = parquet.schema_arrow.names[:1]
     number = unit.first_row
     groups = list(range(unit.start, unit.stop))
     for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
-        for row in _rows(batch):
-            yield _record(row, number, source, unit.file)
+        for row in row_values(batch):
+            yield row_record(row, number, source, unit.file, make)
             number += 1
 
 
-def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
+def row_values(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
     """Python values of each row; None where a text is no UTF-8."""
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [None]
-        return [row for index in range(batch.num_rows) for row in _rows(batch.slice(index, 1))]
+        return [row for index in range(batch.num_rows) for row in row_values(batch.slice(index, 1))]
 
 
-def _record(row: dict[str, Any] | None, number: int, source: Source, file: str) -> Record | Reject:
+def row_record(row: dict[str, Any] | None, number: int, source: Source, file: str, make: MakeRecord) -> Record | Reject:
+    """What `make` makes of a row, or why it is refused."""
     if row is None:
         return Reject(file, number, STAGE, "text is not valid UTF-8")
     try:
-        return record_of(row, number, source, file)
+        return make(row, number, source, file)
     except RejectedRow as error:
         return Reject(file, number, STAGE, error.reason)
 

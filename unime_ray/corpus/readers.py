@@ -1,7 +1,8 @@
 """Reading a source in parts: `work_units` cuts its files, `read_unit` streams the rows of one part.
 
-A unit is a range of one file that a worker can read on its own: bytes of text files, row groups of Parquet. Cutting
-reads text files once (to find where rows begin) and only the footers of Parquet; no row is kept in memory.
+A unit is a range of one file that a worker can read on its own: bytes of text files and archives, row groups of
+Parquet. Cutting reads text files once (to find where rows begin), only the headers of archives and only the footers of
+Parquet; no row is kept in memory.
 """
 
 from __future__ import annotations
@@ -11,13 +12,25 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from unime_ray.config import CorpusConfig, Source
-from unime_ray.corpus import csv, jsonl, parquet, unime_json
+from unime_ray.corpus import coco, csv, flickr30k, hf_dataset, jsonl, mmeb, parquet, unime_json, webdataset
 from unime_ray.corpus.files import source_files
 from unime_ray.corpus.records import Record, Reject
 from unime_ray.corpus.units import STAGE, Unit
 from unime_ray.errors import CorpusError
 
-FORMATS = {"parquet": parquet, "jsonl": jsonl, "csv": csv, "unime_json": unime_json}
+FORMATS = {
+    "parquet": parquet,
+    "jsonl": jsonl,
+    "csv": csv,
+    "unime_json": unime_json,
+    "webdataset": webdataset,
+    "mmeb_train": mmeb,
+    "mmeb_eval": mmeb,
+    "hf_dataset": hf_dataset,
+    "coco": coco,
+    "flickr30k": flickr30k,
+}
+"""Reader by `format`: a module with `cut` and `read`."""
 
 
 def work_units(source: Source, rows_per_task: int) -> list[Unit]:

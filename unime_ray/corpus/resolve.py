@@ -108,7 +108,7 @@ class Resolver:
 
         Raises:
             RejectedRow: text past the limit or no Unicode, misplaced image markers, a picture that is missing or
-                broken, or a negative that is one of the row's own positives.
+                broken, a negative that is one of the row's own positives, or a candidate list without any of them.
         """
         self._fresh = {}
         if record.item is not None:
@@ -122,6 +122,11 @@ class Resolver:
         if record.candidates is not None:
             resolved = replace(resolved, candidates=self._side_entries(record.candidates, "candidate"))
         positives = {entry.item_id for entry in resolved.positives}
+        if resolved.candidates is not None and not any(one.item_id in positives for one in resolved.candidates):
+            raise RejectedRow(
+                f"the candidate list lacks its gold: none of its {len(resolved.candidates)} entries is a positive of "
+                "the row"
+            )
         for position, negative in enumerate(resolved.negatives, 1):
             if negative.item_id in positives:
                 raise RejectedRow(f"negative {position} is the row's own positive")

@@ -6,7 +6,7 @@ Nothing is opened here: values are checked for their types and laid out, picture
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from unime_ray.config import Source
@@ -16,6 +16,9 @@ from unime_ray.errors import RejectedRow
 
 NESTED = ("negatives", "negative_scores", "positive_score", "candidates")
 """Columns of fixed name that a pairs row may have besides those that `columns` maps."""
+
+MakeRecord = Callable[[Mapping[str, Any], int, Source, str], Record]
+"""How a format makes a record: (row, its number from 1, source, file); raises RejectedRow. See `record_of`."""
 
 
 def record_of(row: Mapping[str, Any], number: int, source: Source, file: str) -> Record:

@@ -1,0 +1,83 @@
+"""COCO captions: the annotation JSON with `images` (id, file_name) and `annotations` (image_id, caption).
+
+Pictures lie under `image_root`. A row is a picture, counted as `images` lists them; an annotation that names no such
+picture is refused under a number after the last.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from unime_ray.config import Source
+from unime_ray.corpus.captions import Captioned, cut_captions, read_captions, read_whole, stamp
+from unime_ray.corpus.records import Record, Reject
+from unime_ray.corpus.units import Unit
+from unime_ray.errors import CorpusError
+
+
+def cut(file: str, source: Source, rows_per_task: int) -> Iterator[Unit]:
+    """Units of whole pictures; `start` and `stop` count them from 0."""
+    return cut_captions(file, rows_per_task, load)
+
+
+def read(unit: Unit, source: Source) -> Iterator[Record | Reject]:
+    """The rows of a unit."""
+    return read_captions(unit, source, load)
+
+
+def load(file: str) -> Sequence[Captioned]:
+    """Every picture of the file with its captions, in the order of `images`.
+
+    Raises:
+        CorpusError: no JSON, not COCO's layout, or annotations without captions (boxes, key points).
+    """
+    return _load(file, stamp(file))
+
+
+@functools.lru_cache(maxsize=2)
+def _load(file: str, _stamp: tuple[int, int]) -> Sequence[Captioned]:
+    content = parse_object(file)
+    images, annotations = (_objects(content, key, file) for key in ("images", "annotations"))
+    if annotations and not any("caption" in one for one in annotations):
+        raise CorpusError(f"{file}: no annotation has a `caption`; COCO's captions are in captions_*.json")
+    captions: dict[Any, list[Any]] = {image.get("id"): [] for image in images}
+    strays = []
+    for place, one in enumerate(annotations, 1):
+        where = one.get("image_id")
+        if isinstance(where, (int, str)) and where in captions:
+            captions[where].append(one.get("caption"))
+        else:
+            reason = f"annotation {place} names image {where!r}, which is not in `images`"
+            strays.append(Captioned("", (), str(place), problem=reason))
+    return [_captioned(image, captions[image.get("id")]) for image in images] + strays
+
+
+def _captioned(image: dict[str, Any], captions: list[Any]) -> Captioned:
+    name = image.get("file_name")
+    problem = None if isinstance(name, str) and name else f"image {image.get('id')!r} has no `file_name`"
+    return Captioned(str(name), captions, str(image.get("id")), problem=problem)
+
+
+def parse_object(file: str) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        CorpusError: it does not, or is too large to be read whole.
+    """
+    try:
+        content = json.loads(read_whole(file))
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"{file}: not valid JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise CorpusError(f"{file}: holds {type(content).__name__}, not an object with `images`")
+    return content
+
+
+def _objects(content: dict[str, Any], key: str, file: str) -> list[dict[str, Any]]:
+    found = content.get(key)
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise CorpusError(f"{file}: no list of objects {key!r}; COCO's layout has `images` and `annotations`")
+    return found
