@@ -25,6 +25,7 @@ from unime_ray.config_judge import JudgeConfig
 from unime_ray.config_serve import ServeConfig
 from unime_ray.config_train import EmbedderConfig, RerankerConfig, TrainConfig
 from unime_ray.config_train import LoraConfig as LoraConfig
+from unime_ray.config_vllm import VllmConfig
 from unime_ray.errors import ConfigError
 from unime_ray.sections import Count, PixelBudget, Positive, Resources, Section
 
@@ -34,7 +35,7 @@ class EmbedConfig(Section):
 
     model: str = "tiny"
     revision: str | None = None
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_tokens: Count = 8192
     """Upper bound of padded tokens in one forward pass."""
@@ -42,6 +43,7 @@ class EmbedConfig(Section):
     pixels: PixelBudget = PixelBudget()
     half: bool = False
     """Store vectors as float16."""
+    vllm: VllmConfig = VllmConfig()
     resources: Resources = Resources()
 
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from unime_ray.config_vllm import VllmConfig
 from unime_ray.sections import Count, Fraction, PixelBudget, Positive, Resources, Section
 
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -54,7 +55,7 @@ class ServerConfig(Section):
 class JudgeConfig(Section):
     """A judge: a vision-language model here or behind a server, or an oracle that reads a truth table."""
 
-    engine: Literal["transformers", "openai", "oracle"] = "transformers"
+    engine: Literal["transformers", "vllm", "openai", "oracle"] = "transformers"
     model: str = "tiny"
     """A checkpoint; for engine `openai` the name that the server knows it by."""
     revision: str | None = None
@@ -78,6 +79,9 @@ class JudgeConfig(Section):
     noise_auc: Annotated[float, Field(gt=0.5, le=1.0)] = 1.0
     """Oracle: noise its scores until its AUC is this (1.0: no noise)."""
     max_error_rate: Fraction = 0.05
+    vllm: VllmConfig = VllmConfig()
+    canary: str | None = None
+    """Folder with reference scores that every actor's engine is held to (default: `canaries` in the run)."""
     resources: Resources = Resources()
 
     @model_validator(mode="after")

@@ -58,6 +58,7 @@ def check_run(run: Run, config: RunConfig) -> None:
     run.check_writable()
     check_sources(config)
     check_truth(config)
+    check_vllm(config)
     check_models(config)
     check_servers(run, config)
 
@@ -83,6 +84,21 @@ def check_truth(config: RunConfig) -> None:
     for key, folder in named.items():
         if folder is not None and not (Path(folder) / "truth.parquet").is_file():
             raise ConfigError(f"{key}: {folder} holds no truth.parquet")
+
+
+def check_vllm(config: RunConfig) -> None:
+    """Raise if vLLM is asked for and not installed, or a model is split over more GPUs than its actor gets."""
+    from unime_ray.models.vllm_engine import has_vllm, missing_vllm
+
+    sections = {"embed": config.embed} | {f"judges.{name}": judge for name, judge in config.judges.items()}
+    for key, section in sections.items():
+        if section.engine != "vllm":
+            continue
+        if not has_vllm():
+            raise missing_vllm(key)
+        gpus, split = section.resources.num_gpus, section.vllm.tensor_parallel_size
+        if split > max(gpus, 1):
+            raise ConfigError(f"{key}.vllm.tensor_parallel_size is {split}: set {key}.resources.num_gpus to as many")
 
 
 def check_models(config: RunConfig) -> None:

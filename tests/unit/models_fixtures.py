@@ -128,7 +128,7 @@ def save_checkpoint(folder: Path, family: str = "qwen2_vl", tokenizer: Any = Non
 
 def _model(family: str, tokenizer: Any, overrides: dict[str, Any]) -> Any:
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -158,5 +158,7 @@ def _model(family: str, tokenizer: Any, overrides: dict[str, Any]) -> Any:
     if family == "qwen2_5_vl":
         vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
         return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(vision_config=vision, **common))
+    # As published checkpoints say it: transformers always interleaves, vLLM reads whether to.
+    text["rope_parameters"] |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
     vision |= {"num_position_embeddings": 36, "deepstack_visual_indexes": [0]}
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=vision, **common))

@@ -2,8 +2,8 @@
 
     s = exp(l_Yes) / (exp(l_Yes) + exp(l_No))
 
-Engines: `judge_transformers` (a vision-language model in this process), `judge_openai` (behind a server) and `oracle`
-(a truth table, for measuring).
+Engines: `judge_transformers` and `judge_vllm` (a vision-language model in this process), `judge_openai` (behind a
+server) and `oracle` (a truth table, for measuring).
 """
 
 from __future__ import annotations
@@ -72,6 +72,10 @@ def load_judge(config: JudgeConfig) -> Judge:
         if config.server is None:
             raise ModelError("engine `openai` needs `server: {base_url: http://host:port/v1}`")
         return OpenAIJudge(config.server, config.model, prompt_order=config.prompt_order, prompt=prompt)
+    if config.engine == "vllm":
+        from unime_ray.models.judge_vllm import VllmJudge
+
+        return VllmJudge.load(config)
     from unime_ray.models.backbone import Backbone
     from unime_ray.models.judge_transformers import TransformersJudge
 

@@ -56,12 +56,16 @@ def load_embedder(config: EmbedConfig) -> ItemEmbedder:
     """The model of `config`, in this process.
 
     Raises:
-        ModelError: there is no such checkpoint, or it cannot embed.
+        ModelError: there is no such checkpoint, it cannot embed, or vLLM is asked for and not installed.
     """
+    use_threads(config.resources.num_cpus)
+    if config.engine == "vllm":
+        from unime_ray.models.embedder_vllm import VllmEmbedder
+
+        return VllmEmbedder.load(config)
     from unime_ray.models.backbone import Backbone
     from unime_ray.models.embedder import Embedder
 
-    use_threads(config.resources.num_cpus)
     backbone = Backbone.load(config.model, revision=config.revision, dtype=config.dtype, pixels=config.pixels)
     return Embedder(backbone, config.batch_tokens)
 

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +23,8 @@ from unime_ray.config import JudgeConfig, RunConfig
 from unime_ray.corpus.payload import Item, PayloadStore
 from unime_ray.errors import ArtifactError, ConfigError, ModelError
 from unime_ray.ids import show
-from unime_ray.models.judge import Judge, Verdict
+from unime_ray.models.canary import CanaryFile, load_checked
+from unime_ray.models.judge import Judge, Verdict, load_judge
 from unime_ray.prompts import judge_prompt
 from unime_ray.schemas import JUDGEMENTS, conform
 from unime_ray.stages.candidates import CandidateRows
@@ -44,18 +46,30 @@ IDENTITY = {"engine", "model", "revision", "dtype", "prompt_order", "repetition_
 """Settings that scores depend on; the others only say how fast they come."""
 SERVED = "served"
 """Revision of a model behind a server that the config gives none for."""
+CANARY_ENGINES = {"transformers", "vllm"}
 TRUTH_FILES = ("truth.parquet", "truth_items.parquet")
 
 log = logging.getLogger(__name__)
 
 
-def load_scorer(config: JudgeConfig) -> Judge:
-    """The judge of `config`, in this process, with as many threads as the actor has CPUs."""
-    from unime_ray.models.judge import load_judge
+def load_scorer(config: JudgeConfig, canary: CanaryFile | None = None) -> Judge:
+    """The judge of `config`, in this process, with as many threads as the actor has CPUs; held to `canary`.
 
+    Raises:
+        CanaryError: its canary scores are not those of the reference.
+    """
     if config.engine not in ("oracle", "openai"):
         use_threads(config.resources.num_cpus)
-    return load_judge(config)
+    if canary is None or config.engine not in CANARY_ENGINES:
+        return load_judge(config)
+    return load_checked(config, canary)
+
+
+def _held_to_canary(load: Callable[..., Judge], run: Run, settings: JudgeConfig, revision: str) -> Callable[..., Judge]:
+    """`load_scorer` with the reference of this judge; any other loader as it is."""
+    if load is not load_scorer:
+        return load
+    return partial(load, canary=CanaryFile(settings.canary or run.child("canaries"), revision))
 
 
 def run_judge(
@@ -135,7 +149,7 @@ def _build(
             "settings": settings,
             "store": PayloadStore(run.artifact("images").data_uri, run.artifact("items").data_uri),
             "candidates": CandidateRows(candidates.data_uri),
-            "load": load,
+            "load": _held_to_canary(load, run, settings, revision),
         }
         with stage_context(progress.config()):
             blocks = blocks_of(todo, settings.queries_per_batch)
