@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,54 @@ def test_features_carry_gradients_only_when_the_tower_is_trained(backbone: Backb
     visual.requires_grad_(False)
     assert not backbone.features(pictures).requires_grad
     visual.requires_grad_(True)
+
+
+def test_a_trained_tower_computes_a_picture_once_with_the_same_gradient(backbone: Backbone) -> None:
+    """Once a call, and once for all calls within `sharing_pictures`."""
+    visual = backbone.model.model.visual
+    one, other = (backbone.pixels.picture(picture(seed)) for seed in (1, 2))
+    calls: list[int] = []
+
+    def gradient_of(lists: list[list], shared: bool) -> torch.Tensor:
+        visual.zero_grad()
+        calls.clear()
+        with backbone.sharing_pictures() if shared else nullcontext():
+            found = torch.cat([backbone.features(pictures) for pictures in lists], dim=1)
+        weights = torch.linspace(-1, 1, found.numel()).view_as(found)
+        (found * weights).sum().backward()
+        return torch.cat([p.grad.flatten() for p in visual.parameters() if p.grad is not None])
+
+    handle = visual.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    plain = gradient_of([[one], [other], [one], [one], [other]], shared=False)
+    assert len(calls) == 5
+    for lists, shared, num_calls in (
+        ([[one, other, one, one, other]], False, 1),
+        ([[one, other], [one, one, other]], True, 1),
+        ([[one, other], [one, one, other]], False, 2),
+    ):
+        assert (gradient_of(lists, shared) - plain).norm() < 1e-6 * plain.norm()
+        assert len(calls) == num_calls and set(calls) == {len(one.patches) + len(other.patches)}
+    handle.remove()
+    visual.zero_grad()
+
+
+def test_the_feature_cache_can_be_bounded_or_off(checkpoint: Path) -> None:
+    backbone = Backbone.load(str(checkpoint), device="cpu")
+    pictures = [backbone.pixels.picture(picture(seed)) for seed in (1, 2)]
+    with torch.no_grad():
+        kept = backbone.features(pictures)
+        assert len(backbone._features) == 2
+        for limit in (0, kept.nbytes // 2):
+            backbone.limit_feature_cache(limit)
+            torch.testing.assert_close(backbone.features(pictures), kept)
+            assert len(backbone._features) == (limit > 0) and backbone._features.num_bytes <= limit
+
+
+def test_answers_stay_float32_under_autocast(backbone: Backbone) -> None:
+    hidden = torch.randn(3, backbone.hidden_size)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = backbone.answer_logits(hidden, [1, 2])
+    assert torch.equal(cast, backbone.answer_logits(hidden, [1, 2]))
 
 
 def test_text_of_users_never_becomes_a_special_token(backbone: Backbone) -> None:

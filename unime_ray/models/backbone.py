@@ -8,7 +8,8 @@ Shapes: B rows, T tokens of the longest, D hidden width, M image tokens of a pic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,6 +81,7 @@ class Backbone:
         self.pad_id: int = tokens.tokenizer.pad_token_id or 0
         self._tables = vision.GridTables(model.model.visual)
         self._features: ByteCache[bytes, Tensor] = ByteCache(FEATURE_CACHE_BYTES.get(self.device.type, 512 << 20))
+        self._shared: dict[bytes, Tensor] | None = None
         vision.speed_up(model.model.visual)
         model.model.language_model.config._attn_implementation = attention.NAME
 
@@ -196,18 +198,41 @@ class Backbone:
     def features(self, pictures: Sequence[Picture]) -> Tensor:
         """What the vision tower makes of pictures: (X, sum of M, D); deepstack features (Qwen3-VL) follow the first.
 
-        Computed once per content and kept, unless the tower is being trained.
+        A picture that repeats is computed once; its features are kept by content unless the tower is being trained.
         """
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.model.visual.parameters()):
-            return torch.cat(self._encode(pictures), dim=1)
-        found = {picture.key: self._features.get(picture.key) for picture in pictures}
-        missing = list({p.key: p for p in pictures if found[p.key] is None}.values())
-        with torch.no_grad():
-            for picture, encoded in zip(missing, self._encode(missing), strict=True):
-                found[picture.key] = encoded
-                # A copy: a view would keep the features of its whole batch alive.
-                self._features.put(picture.key, encoded.clone(), encoded.nbytes)
-        return torch.cat([features for p in pictures if (features := found[p.key]) is not None], dim=1)
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.model.visual.parameters())
+        found = self._with_gradients(pictures) if trained else self._from_cache(pictures)
+        return torch.cat([found[picture.key] for picture in pictures], dim=1)
+
+    @contextmanager
+    def sharing_pictures(self) -> Iterator[None]:
+        """Within, a trained vision tower computes a picture once for all batches that show it, gradients included."""
+        self._shared = {}
+        try:
+            yield
+        finally:
+            self._shared = None
+
+    def _with_gradients(self, pictures: Sequence[Picture]) -> dict[bytes, Tensor]:
+        found = {} if self._shared is None else self._shared
+        missing = list({p.key: p for p in pictures if p.key not in found}.values())
+        found |= zip((picture.key for picture in missing), self._encode(missing), strict=True)
+        return found
+
+    @torch.no_grad()
+    def _from_cache(self, pictures: Sequence[Picture]) -> dict[bytes, Tensor]:
+        cached = {picture.key: self._features.get(picture.key) for picture in pictures}
+        found = {key: features for key, features in cached.items() if features is not None}
+        missing = list({p.key: p for p in pictures if p.key not in found}.values())
+        for picture, encoded in zip(missing, self._encode(missing), strict=True):
+            found[picture.key] = encoded
+            # A copy: a view would keep the features of its whole batch alive.
+            self._features.put(picture.key, encoded.clone(), encoded.nbytes)
+        return found
+
+    def limit_feature_cache(self, max_bytes: int) -> None:
+        """Keep at most so many bytes of picture features; 0 keeps none."""
+        self._features = ByteCache(max_bytes)
 
     def forget_features(self) -> None:
         """Drop cached picture features: call it when the vision tower's weights have changed."""
@@ -238,7 +263,8 @@ class Backbone:
         Projected in float32 whatever the model's dtype: bfloat16 logits come in steps of 1/8.
         """
         rows = self.model.lm_head.weight[list(token_ids)].float()
-        return hidden.float() @ rows.T
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ rows.T
 
     def _segment(self, item: Item, picture: Picture | RejectedRow | None) -> Segment | RejectedRow:
         if isinstance(picture, RejectedRow):
