@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from unime_ray.config_loss import LossSettings
 from unime_ray.sections import Count, Fraction, PixelBudget, Positive, Section
@@ -43,14 +43,43 @@ class TrainConfig(Section):
     max_grad_norm: Positive = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """`fsdp` splits weights, gradients and optimizer over the workers, for models that do not fit on one of them."""
+    feature_cache_mb: Annotated[int, Field(ge=0)] | None = None
+    """Picture features kept while the vision tower is frozen (default: 512, on a GPU 4096; 0: none)."""
     pixels: PixelBudget = PixelBudget()
-    num_workers: Count = 1
+    num_workers: Count | tuple[Count, Count] = 1
+    """How many, or [least, most]: then as many as the cluster has room for, looked at every `resize_check_seconds`."""
+    resize_check_seconds: Positive = 60.0
     cpus_per_worker: Positive = 1.0
     use_gpu: bool = False
     checkpoint_every: Count = 100
     max_failures: Annotated[int, Field(ge=0)] = 2
     log_every: Count = 10
+    tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Who gets the figures of each step besides `log.jsonl`; files go to `trackers/` beside it."""
+    wandb_project: str = "unime-ray"
+    wandb_mode: Literal["offline", "online"] = "offline"
+    """`offline` writes files for `wandb sync`; `online` needs WANDB_API_KEY on the workers."""
     seed: int = 0
+
+    @property
+    def least_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> TrainConfig:
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"num_workers: [{self.least_workers}, {self.most_workers}] should be [least, most]")
+        if self.strategy == "fsdp" and self.lora.train_vision:
+            raise ValueError(
+                "strategy `fsdp` leaves the vision tower whole on every worker; set lora.train_vision: false"
+            )
+        return self
 
 
 class EmbedderConfig(LossSettings, TrainConfig):

@@ -16,11 +16,16 @@ from unime_ray.config import EmbedderConfig, RerankerConfig
 SECTIONS = {"embedder": EmbedderConfig, "reranker": RerankerConfig}
 
 
-def main() -> None:
-    root, rank, world, port, cases, out = sys.argv[1:]
+def join_ranks(rank: str, world: str, port: str) -> None:
+    """Make this process one of `world` gloo ranks."""
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     dist.init_process_group("gloo")
+
+
+def main() -> None:
+    root, rank, world, port, cases, out = sys.argv[1:]
+    join_ranks(rank, world, port)
     found = {
         name: gradients(Path(root), SECTIONS[kind].model_validate(section))
         for name, (kind, section) in json.loads(cases).items()

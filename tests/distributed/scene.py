@@ -12,7 +12,7 @@ import torch
 
 from tests.unit.models_fixtures import FakeItem, make_item, picture, save_checkpoint
 from unime_ray.artifacts import Manifest, Run
-from unime_ray.config import EmbedderConfig, LoraConfig, PixelBudget, RerankerConfig
+from unime_ray.config import EmbedderConfig, LoraConfig, PixelBudget, RerankerConfig, TrainConfig
 from unime_ray.schemas import HARD_NEGATIVES, IMAGES, ITEMS
 from unime_ray.train.data import prepare_examples
 from unime_ray.train.job import TrainingJob
@@ -77,6 +77,16 @@ def write_negatives(run: Run, queries: list[FakeItem], pool: list[FakeItem]) -> 
     table.finish(Manifest(table="hard_negatives", name="judge", stage="select", fingerprint="scene", rows=len(rows)))
 
 
+def stepper_of(objective: Any, section: TrainConfig) -> Any:
+    """A `Stepper` as a process of its own would make it: accelerate keeps the first one's precision otherwise."""
+    from accelerate.state import AcceleratorState
+
+    from unime_ray.train.loop import Stepper
+
+    AcceleratorState._reset_state()
+    return Stepper(objective, section)
+
+
 def job_of(root: Path, section: EmbedderConfig | RerankerConfig) -> TrainingJob:
     run = Run(str(root / "run"))
     return TrainingJob(
@@ -97,15 +107,15 @@ def gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Global loss and gradient of one step on this process's rank, in the process group there is (or none)."""
     from unime_ray.train import embedder_objective, reranker_objective, worker
-    from unime_ray.train.loop import Stepper
+    from unime_ray.train.sharding import whole
 
     kind = embedder_objective if isinstance(section, EmbedderConfig) else reranker_objective
     setting = worker.prepare(job_of(root, section), section, torch.device("cpu"))
     objective = kind.make_objective(setting)
-    stepper = Stepper(objective, section)
+    stepper = stepper_of(objective, section)
     stepper.module.train()
-    batch = objective.load(step, stepper.rank, stepper.world)
+    batch = stepper.level(objective, objective.load(step, stepper.rank, stepper.world))
     result = objective.backward(stepper, batch)
     loss = stepper.totals([float(result.losses_B.sum())])[0] / batch.batch_size
     named = stepper.module.named_parameters()
-    return loss, {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+    return loss, {name: whole(weight.grad).clone() for name, weight in named if weight.grad is not None}

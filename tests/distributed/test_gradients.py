@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "margin_mse": ("embedder", SECTION | {"loss": "margin_mse", "judge_targets": "logit"}),
     "matryoshka": ("embedder", SECTION | {"loss": "hybrid", "matryoshka_dims": [4, 16]}),
     "hybrid": ("embedder", SECTION | {"loss": "hybrid", "infonce_weight": 0.5}),
+    "infonce_whole_share": ("embedder", SECTION | {"loss": "infonce", "num_negatives": 2}),
     "vision": ("embedder", SECTION | {"loss": "hybrid", "lora": {"rank": 4, "alpha": 8.0, "train_vision": True}}),
     "reranker": ("reranker", RERANKER),
 }
@@ -41,11 +42,13 @@ def scene(tmp_path_factory) -> Path:
     return root
 
 
-def on_ranks(scene: Path, cases: dict[str, Any], world: int, out: Path) -> dict[str, Any]:
+def on_ranks(
+    scene: Path, cases: dict[str, Any], world: int, out: Path, module: str = "tests.distributed.rank"
+) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.distributed.rank", str(scene)]
+    command = [sys.executable, "-m", module, str(scene)]
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(world), port, json.dumps(cases), str(out)],
@@ -72,7 +75,7 @@ def assert_equal(found: tuple[float, dict], expected: tuple[float, dict]) -> Non
     assert (wrong / right) ** 0.5 < 1e-6
 
 
-def whole(scene: Path, name: str, **changes: int) -> tuple[float, dict]:
+def whole(scene: Path, name: str, **changes: Any) -> tuple[float, dict]:
     """One process, the whole batch in one pass."""
     kind, section = CASES[name]
     return gradients(scene, SECTIONS[kind].model_validate(section | {"micro_batch_queries": 100} | changes))
@@ -90,10 +93,26 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(scene, name):
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_give_the_gradient_of_one_process(scene, tmp_path, world):
     # Five queries: ranks have unequal shares, and unequal numbers of micro-batches.
+    # `whole_share` keeps its graph (gather with gradients), the others embed twice (gradient caching).
     cases = {
-        name: (kind, section | {"batch_queries": 5, "micro_batch_queries": 2})
+        name: (kind, section | {"batch_queries": 5, "micro_batch_queries": 5 if name.endswith("share") else 2})
         for name, (kind, section) in CASES.items()
     }
     found = on_ranks(scene, cases, world, tmp_path / "out.pt")
     for name in CASES:
         assert_equal(found[name], whole(scene, name, batch_queries=5))
+
+
+@pytest.mark.slow
+def test_sharded_weights_give_the_gradient_of_one_process(scene, tmp_path):
+    """FSDP: ranks have unequal shares, micro-batches and rows, yet must make equally many passes."""
+    changes = {"batch_queries": 5, "micro_batch_queries": 2, "strategy": "fsdp"}
+    cases = {name: (kind, section | changes) for name, (kind, section) in CASES.items() if name != "vision"}
+    all_weights = {"lora": {"rank": 0}, "gradient_checkpointing": True}
+    cases["all_weights"] = ("embedder", SECTION | changes | all_weights)
+    found = on_ranks(scene, cases, 2, tmp_path / "out.pt")
+    for name in set(cases) - {"all_weights"}:
+        assert_equal(found[name], whole(scene, name, batch_queries=5))
+    expected = whole(scene, "judge_kl", batch_queries=5, lora={"rank": 0})
+    # torch leaves no gradient on what it shards but nobody uses; one process has none either.
+    assert_equal(found["all_weights"], expected)

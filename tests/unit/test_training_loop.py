@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from tests.distributed.scene import SECTION, build_scene, job_of
+from tests.distributed.scene import SECTION, build_scene, gradients, job_of, stepper_of
 from unime_ray.artifacts import Run
 from unime_ray.config import EmbedderConfig, TrainConfig
 from unime_ray.errors import ArtifactError, TrainingError
 from unime_ray.train import embedder_objective, worker
-from unime_ray.train.checkpoint import load_checkpoint, save_checkpoint
+from unime_ray.train.checkpoint import FILE, load_checkpoint, save_checkpoint
 from unime_ray.train.log import StepLog, read_log
-from unime_ray.train.loop import Stepper, learning_rate_at, run_steps
+from unime_ray.train.loop import learning_rate_at, run_steps
 
 IDENTITY = {"model": "m", "config": "c"}
 
@@ -36,7 +36,7 @@ class Training:
         self.config = EmbedderConfig.model_validate(SECTION | {"checkpoint_every": 2, "log_every": 1} | changes)
         self.setting = worker.prepare(job_of(root, self.config), self.config, torch.device("cpu"))
         self.objective = embedder_objective.make_objective(self.setting)
-        self.stepper = Stepper(self.objective, self.config)
+        self.stepper = stepper_of(self.objective, self.config)
 
     def run(self, log: StepLog, start: int = 0, folder: Path | None = None, stop_at: int | None = None) -> list[float]:
         """Losses by step. With `folder`, a checkpoint at each save; `stop_at` dies right after that checkpoint."""
@@ -126,6 +126,63 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     bigger = nn.Sequential(module, nn.Linear(2, 2))
     with pytest.raises(TrainingError, match="disagree on weight '0.bias'"):
         load_checkpoint(tmp_path, bigger, torch.optim.AdamW(bigger.parameters()), IDENTITY)
+
+
+def test_half_a_checkpoint_is_named(tmp_path):
+    module, optimizer = linear()
+    save_checkpoint(tmp_path, module, optimizer, {"step": 1}, IDENTITY)
+    whole = (tmp_path / FILE).read_bytes()
+    for kept in (whole[: len(whole) // 2], whole[:10], b""):
+        (tmp_path / FILE).write_bytes(kept)
+        with pytest.raises(TrainingError, match=f"{tmp_path}: not a whole checkpoint .*remove it"):
+            load_checkpoint(tmp_path, module, optimizer, IDENTITY)
+    (tmp_path / FILE).unlink()
+    with pytest.raises(TrainingError, match="s3://b/checkpoint_1: not a whole checkpoint"):
+        load_checkpoint(tmp_path, module, optimizer, IDENTITY, "s3://b/checkpoint_1")
+    torch.save([1, 2], tmp_path / FILE)
+    with pytest.raises(TrainingError, match="checkpoint of format list"):
+        load_checkpoint(tmp_path, module, optimizer, IDENTITY)
+
+
+def test_a_checkpoint_whose_weights_have_another_shape_is_refused(tmp_path):
+    save_checkpoint(tmp_path, *linear(), {"step": 1}, IDENTITY)
+    wider = nn.Linear(4, 2)
+    with pytest.raises(TrainingError, match="disagree on weight 'weight'"):
+        load_checkpoint(tmp_path, wider, torch.optim.AdamW(wider.parameters()), IDENTITY)
+
+
+def test_kept_picture_features_change_no_loss(scene, tmp_path):
+    def losses_of(name: str, **changes: Any) -> list[float]:
+        return Training(scene, steps=4, **changes).run(StepLog(str(tmp_path / name), 0))
+
+    assert losses_of("off", feature_cache_mb=0) == pytest.approx(losses_of("on"), rel=1e-6)
+
+
+def test_checkpointed_activations_give_the_same_gradient_and_bfloat16_one_near_it(scene):
+    section = SECTION | {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.3}, "loss": "hybrid"}
+    loss, expected = gradients(scene, EmbedderConfig.model_validate(section))
+    again, found = gradients(scene, EmbedderConfig.model_validate(section | {"gradient_checkpointing": True}))
+    assert again == pytest.approx(loss, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    half, rounded = gradients(scene, EmbedderConfig.model_validate(section | {"dtype": "bfloat16"}))
+    assert half == pytest.approx(loss, rel=0.05) and half != loss
+    one, other = (torch.cat([g.flatten() for g in found.values()]) for found in (expected, rounded))
+    assert one.dtype == other.dtype == torch.float32
+    assert torch.cosine_similarity(one, other, dim=0) > 0.95
+
+
+def test_workers_and_strategies_that_cannot_be_are_refused():
+    for wrong, message in (
+        ({"num_workers": [3, 2]}, r"num_workers: \[3, 2\] should be \[least, most\]"),
+        ({"strategy": "fsdp", "lora": {"train_vision": True}}, "set lora.train_vision: false"),
+        ({"tracker": ["mlflow"]}, "tracker"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig.model_validate(wrong)
+    section = TrainConfig.model_validate({"num_workers": [1, 4]})
+    assert (section.least_workers, section.most_workers) == (1, 4)
+    assert TrainConfig(num_workers=2).least_workers == TrainConfig(num_workers=2).most_workers == 2
 
 
 def test_the_log_drops_lines_that_will_be_done_again(tmp_path):

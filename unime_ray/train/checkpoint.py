@@ -9,56 +9,104 @@ and only then records it, so a half-written one is never taken.
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from unime_ray.errors import TrainingError
+from unime_ray.train.sharding import like, whole
 
 FILE = "state.pt"
 FORMAT = 1
 
 
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that training changes, by name: all of them, or the adapter's."""
-    return {name: weight.detach().cpu() for name, weight in model.named_parameters() if weight.requires_grad}
+def trainable_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """The weights that training changes, whole, by name: all of them, or the adapter's.
+
+    Of a sharded model all ranks must ask together; those with `keep` False get nothing, and spare the memory.
+    """
+    values = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            value = whole(weight)
+            if keep:
+                values[name] = value.cpu()
+    return values
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: dict[str, int], identity: dict[str, str]
+    folder: Path | None, model: nn.Module, optimizer: Optimizer, position: dict[str, int], identity: dict[str, str]
 ) -> None:
-    """Write `state.pt` into `folder`. `identity` says which run this is: see `load_checkpoint`."""
-    state = {
-        "format": FORMAT,
-        "identity": identity,
-        "position": position,
-        "model": trainable_state(model),
-        "optimizer": optimizer.state_dict(),
-    }
-    torch.save(state, folder / FILE)
+    """Write `state.pt` into `folder`. `identity` says which run this is: see `load_checkpoint`.
+
+    All ranks call it, since a sharded model is put together by all; only the one that has a folder writes. What is
+    written does not depend on how the model was spread.
+    """
+    weights = trainable_state(model, keep=folder is not None)
+    settings = optimizer.state_dict()
+    moments: dict[int, dict[str, Any]] = {}
+    for number, values in settings["state"].items():
+        gathered = {name: whole(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        if folder is not None:
+            moments[number] = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in gathered.items()}
+    if folder is not None:
+        state = {"format": FORMAT, "identity": identity, "position": position, "model": weights}
+        torch.save(state | {"optimizer": settings | {"state": moments}}, folder / FILE)
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, str]
+    folder: Path, model: nn.Module, optimizer: Optimizer, identity: dict[str, str], where: str | None = None
 ) -> dict[str, int]:
     """Restore model and optimizer in place; return the position. Nothing but tensors and plain values is unpickled.
 
+    Args:
+        where: what to call the checkpoint in errors (default: its folder).
+
     Raises:
-        TrainingError: the checkpoint is of another format, model, data or config, or its weights have other names.
+        TrainingError: the checkpoint is not whole, or of another format, model, data or config, or its weights have
+            other names or shapes.
     """
-    state = torch.load(folder / FILE, map_location="cpu", weights_only=True)
-    if state.get("format") != FORMAT:
-        raise TrainingError(f"{folder}: checkpoint of format {state.get('format')}, not {FORMAT}; remove it")
+    where = where or str(folder)
+    state = _read(folder / FILE, where)
     for key, value in identity.items():
         found = state["identity"].get(key)
         if found != value:
-            raise TrainingError(f"{folder}: checkpoint of another {key} ({found}, this run has {value}); remove it")
+            raise TrainingError(f"{where}: checkpoint of another {key} ({found}, this run has {value}); remove it")
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    different = sorted(own.keys() ^ state["model"].keys())
+    values = state["model"]
+    different = own.keys() ^ values.keys() | {n for n in own.keys() & values.keys() if own[n].shape != values[n].shape}
     if different:
-        raise TrainingError(f"{folder}: checkpoint and model disagree on weight {different[0]!r}; remove it")
+        raise TrainingError(f"{where}: checkpoint and model disagree on weight {min(different)!r}; remove it")
     with torch.no_grad():
         for name, weight in own.items():
-            weight.copy_(state["model"][name])
-    optimizer.load_state_dict(state["optimizer"])
+            weight.copy_(like(values[name], weight))
+    optimizer.load_state_dict(_laid_out(state["optimizer"], optimizer))
     return state["position"]
+
+
+def _read(path: Path, where: str) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(f"{where}: not a whole checkpoint ({FILE}: {reason}); remove it") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise TrainingError(f"{where}: checkpoint of format {found}, not {FORMAT}; remove it")
+    return state
+
+
+def _laid_out(settings: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's whole state, spread as its weights are."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = {
+        number: {
+            name: like(value, weights[number]) if isinstance(value, Tensor) and value.ndim else value
+            for name, value in values.items()
+        }
+        for number, values in settings["state"].items()
+    }
+    return settings | {"state": moments}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -67,6 +67,11 @@ def pack(segments: Sequence[Segment], backbone: Backbone) -> Packed:
     return Packed(tuple(backbone.collate(group) for group in groups), tuple(place))
 
 
+def filler(backbone: Backbone) -> Batch:
+    """The cheapest forward pass there is, for ranks that must make as many as the others."""
+    return backbone.collate([backbone.tokens.text("a")])
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Whole queries that go through the model together; each distinct item is one row of `inputs`."""
@@ -79,6 +84,13 @@ class MicroBatch:
     scores_BK: Tensor
     """Judge scores in [0, 1]."""
     examples: tuple[Example, ...]
+
+    @property
+    def packs(self) -> tuple[Packed, ...]:
+        return (self.inputs,)
+
+    def with_packs(self, inputs: Packed) -> MicroBatch:
+        return replace(self, inputs=inputs)
 
     @property
     def num_items(self) -> int:
@@ -173,13 +185,14 @@ def embedder_micro_batch(
     unique = list(dict.fromkeys(identifier for row in ids_B for identifier in row))
     inputs = pack(store.segments(unique), backbone)
     row_of = dict(zip(unique, inputs.place, strict=True))
-    index_BK1 = torch.tensor([[row_of[identifier] for identifier in row] for row in ids_B])
+    index_BK1 = torch.tensor([[row_of[identifier] for identifier in row] for row in ids_B], dtype=torch.long)
+    index_BK1 = index_BK1.view(len(examples), 2 + num_negatives)
     scores = [(e.positive_score, *e.negative_scores[:num_negatives]) for e in examples]
     return MicroBatch(
         inputs=inputs,
         query_B=index_BK1[:, 0].to(backbone.device),
         candidate_BK=index_BK1[:, 1:].to(backbone.device),
-        scores_BK=torch.tensor(scores, dtype=torch.float32, device=backbone.device),
+        scores_BK=torch.tensor(scores, dtype=torch.float32, device=backbone.device).view(-1, 1 + num_negatives),
         examples=tuple(examples),
     )
 

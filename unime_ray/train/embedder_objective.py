@@ -19,6 +19,7 @@ from unime_ray.train.collate import (
     SegmentStore,
     StepBatch,
     embedder_micro_batch,
+    filler,
     in_batch_info,
     split,
 )
@@ -37,7 +38,8 @@ class EmbeddingModule(nn.Module):
         self._backbone = (backbone,)  # in a tuple, so that it is no submodule
 
     def forward(self, inputs: Packed) -> Tensor:
-        return torch.cat([embed_batch(self._backbone[0], batch) for batch in inputs.batches])
+        with self._backbone[0].sharing_pictures():
+            return torch.cat([embed_batch(self._backbone[0], batch) for batch in inputs.batches])
 
 
 class EmbedderObjective:
@@ -48,6 +50,7 @@ class EmbedderObjective:
     ) -> None:
         self.backbone, self.examples, self.order, self.store, self.config = backbone, examples, order, store, config
         self.module = EmbeddingModule(backbone)
+        self.filler = filler(backbone)
 
     def load(self, step: int, rank: int, world: int) -> StepBatch[MicroBatch]:
         """This rank's queries of a step; for in-batch losses also who stands in the whole batch."""
@@ -61,6 +64,10 @@ class EmbedderObjective:
         if not config.is_per_query:
             in_batch = in_batch_info(batch, rank, world, self.examples, config.num_negatives, self.backbone.device)
         return StepBatch(step, len(batch), micro_batches, in_batch)
+
+    def empty(self) -> MicroBatch:
+        """A micro-batch without queries."""
+        return embedder_micro_batch([], self.config.num_negatives, self.store, self.backbone)
 
     def backward(self, stepper: Stepper, batch: StepBatch[MicroBatch]) -> StepLoss:
         """One backward pass per micro-batch. A loss with in-batch negatives needs the embeddings of the whole batch

@@ -3,13 +3,15 @@ that the controller, which unpickles it, does not either."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from ray.train.v2.api.callback import UserCallback
 
 from unime_ray.config import PixelBudget
-from unime_ray.errors import UnimeError
+from unime_ray.errors import ConfigError, UnimeError
 
 
 class TrainingJob(BaseModel):
@@ -26,6 +28,13 @@ class TrainingJob(BaseModel):
     items_uri: str
     artifact_uri: str
     identity: dict[str, str]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError if a tracker's library is not installed here."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"tracker: {name} is not installed; pip install 'unime-ray[{name}]'")
 
 
 class StopOnOwnErrors(UserCallback):

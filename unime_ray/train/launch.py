@@ -27,13 +27,16 @@ from unime_ray.config import PixelBudget, TrainConfig, nearest
 from unime_ray.errors import ConfigError, TrainingError, UnimeError
 from unime_ray.models.names import model_revision, resolve_model
 from unime_ray.train.data import BatchOrder, Examples, prepare_examples
-from unime_ray.train.job import StopOnOwnErrors, TrainingJob
+from unime_ray.train.job import StopOnOwnErrors, TrainingJob, check_trackers
 from unime_ray.train.log import LOG, read_log
 
 CODE_VERSION = 1
 CHECKPOINTS = "checkpoints"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-NOT_LEARNING = ("num_workers", "cpus_per_worker", "use_gpu", "checkpoint_every", "max_failures", "log_every")
+NOT_LEARNING = (
+    "num_workers", "resize_check_seconds", "cpus_per_worker", "use_gpu", "strategy", "feature_cache_mb",
+    "checkpoint_every", "max_failures", "log_every", "tracker", "wandb_project", "wandb_mode",
+)  # fmt: skip
 """Settings that change how fast or how safely a model is trained, but not which: no reason to train it again."""
 Section = TypeVar("Section", bound=TrainConfig)
 
@@ -105,10 +108,11 @@ def run_training(
 
 def _checked_rows(table: Artifact, section: TrainConfig, num_negatives: int) -> str:
     """Prepare the training rows and refuse what cannot be trained on, before any worker starts."""
+    check_trackers(section.tracker)
     uri = prepare_examples(table)
     examples = Examples(uri)
     examples.require_negatives(num_negatives)
-    BatchOrder(len(examples), section.batch_queries, section.seed).rank_rows(0, 0, section.num_workers)
+    BatchOrder(len(examples), section.batch_queries, section.seed).rank_rows(0, 0, section.most_workers)
     return uri
 
 
@@ -167,7 +171,12 @@ def _trainer(
     if alone:
         # Nobody reclaims the nodes of a local cluster; spare it the process that watches for that.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    resources = {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if section.use_gpu else {})
+    scaling: Any = {
+        "num_workers": section.num_workers,
+        "use_gpu": section.use_gpu,
+        "resources_per_worker": {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if section.use_gpu else {}),
+        "elastic_resize_monitor_interval_s": section.resize_check_seconds,
+    }
     trainer: Any = _Trainer if alone else TorchTrainer  # Any: type checkers see the classes of Train V1
     options: Any = {
         "storage_path": path,
@@ -178,9 +187,7 @@ def _trainer(
     return trainer(
         worker,
         train_loop_config=job.model_dump(mode="json"),
-        scaling_config=ScalingConfig(
-            num_workers=section.num_workers, use_gpu=section.use_gpu, resources_per_worker=resources
-        ),
+        scaling_config=ScalingConfig(**scaling),
         run_config=RayRunConfig(
             name=CHECKPOINTS,
             failure_config=FailureConfig(max_failures=section.max_failures),
@@ -223,6 +230,16 @@ def _own_error(error: Exception) -> UnimeError:
     return TrainingError(f"training workers failed for good: {type(last).__name__}: {text[-1] if text else ''}")
 
 
+def progress_numbers(recent: list[dict[str, Any]]) -> str:
+    """What the progress line says of the last few lines of the log."""
+    last = recent[-1]
+    queries, tokens = (
+        sum(line[name] for line in recent) / len(recent) for name in ("queries_per_second", "tokens_per_second")
+    )
+    memory = last.get("memory_mb", 0) / 1024
+    return f"loss {last['loss']:.4f}  {queries:.1f} queries/s  {tokens:.0f} tokens/s  {memory:.1f} GB"
+
+
 class _Progress:
     """A progress line with loss, queries/s and time left, read from the log that rank 0 writes."""
 
@@ -249,6 +266,5 @@ class _Progress:
         self._next = time.monotonic() + self._interval
         recent = read_log(self._uri)[-10:]
         if recent:
-            rate = sum(line["queries_per_second"] for line in recent) / len(recent)
-            numbers = f"loss {recent[-1]['loss']:.4f}  {rate:.1f} queries/s"
+            numbers = progress_numbers(recent)
             self._bar.update(self._task, completed=recent[-1]["step"], numbers=numbers)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unime_ray.artifacts import read_text, write_text
+
+if TYPE_CHECKING:
+    from unime_ray.train.trackers import Trackers
 
 LOG = "log.jsonl"
 
@@ -17,8 +20,8 @@ class StepLog:
     The file is small (200 bytes a step) and object stores cannot append.
     """
 
-    def __init__(self, uri: str, start_step: int) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, start_step: int, trackers: Trackers | None = None) -> None:
+        self.uri, self._trackers = uri, trackers
         self._interval = 10.0 if "://" in uri else 1.0
         self._written = float("-inf")
         # Steps after the checkpoint are done again: their old lines would stand twice.
@@ -31,12 +34,16 @@ class StepLog:
 
     def add(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
+        if self._trackers is not None:
+            self._trackers.log(line)
 
     def flush(self, force: bool = False) -> None:
         now = time.monotonic()
         if force or now - self._written >= self._interval:
             write_text(self.uri, "".join(json.dumps(line) + "\n" for line in self.lines))
             self._written = now
+            if force and self._trackers is not None:
+                self._trackers.sync()
 
 
 def read_log(uri: str) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ therefore repeats an uninterrupted one exactly.
 from __future__ import annotations
 
 import math
+import resource
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,8 +29,10 @@ from torch import Tensor, nn
 from unime_ray.config import TrainConfig
 from unime_ray.errors import TrainingError
 from unime_ray.ids import show
+from unime_ray.models.backbone import Batch
 from unime_ray.train.collate import StepBatch, Work, prefetch
 from unime_ray.train.log import StepLog
+from unime_ray.train.sharding import levelled, shard, whole
 
 MAX_NAMED_QUERIES = 5
 
@@ -50,8 +53,15 @@ class Objective(Protocol, Generic[Work]):
     @property
     def module(self) -> nn.Module: ...
 
+    @property
+    def filler(self) -> Batch:
+        """A forward pass that costs next to nothing."""
+
     def load(self, step: int, rank: int, world: int) -> StepBatch[Work]:
         """This rank's part of a step. Runs in the prefetch thread."""
+
+    def empty(self) -> Work:
+        """A micro-batch without queries."""
 
     def backward(self, stepper: Stepper, batch: StepBatch[Work]) -> StepLoss:
         """Add the gradient of the batch's mean loss to the weights."""
@@ -69,7 +79,8 @@ class Stepper:
         self.accelerator = Accelerator(cpu=not use_gpu, mixed_precision=precision, kwargs_handlers=[kwargs])
         self.config = config
         self.module = objective.module
-        alone = self.accelerator.num_processes == 1 and precision == "no"
+        self.sharded = config.strategy == "fsdp" and self.world > 1
+        alone = self.world == 1 and precision == "no"
         self.model = objective.module if alone else self._wrap(objective.module)
         self.weights = [weight for weight in self.module.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -78,7 +89,11 @@ class Stepper:
         with warnings.catch_warnings():
             # torch renames `broadcast_buffers`, accelerate does not yet.
             warnings.simplefilter("ignore", FutureWarning)
-            return self.accelerator.prepare(module)
+            if not self.sharded:
+                return self.accelerator.prepare(module)
+            # Autocast only: the rest of what `prepare` does is DDP's.
+            cast = self.accelerator.prepare_model(module, device_placement=False, evaluation_mode=True)
+            return shard(cast, self.accelerator.device)
 
     @property
     def rank(self) -> int:
@@ -93,12 +108,20 @@ class Stepper:
         entropy = [abs(self.config.seed), step, self.rank, micro]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint32)[0]))
 
+    def level(self, objective: Objective[Any], batch: StepBatch[Any]) -> StepBatch[Any]:
+        """The batch, with forward passes added until all ranks make equally many where that is needed."""
+        if not self.sharded:
+            return batch
+        size, device = self.config.micro_batch_queries, self.accelerator.device
+        return levelled(batch, objective.empty, objective.filler.to(device), size, device)
+
     def backward_parts(self, parts: Sequence[Callable[[], Tensor]], batch: StepBatch[Any]) -> None:
         """Add the gradients of `parts`, each the loss *sum* over some queries of this rank; ranks meet at the last."""
         scale = self.world / batch.batch_size
         for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            with nullcontext() if last or self.world == 1 else self.accelerator.no_sync(self.model):
+            # Sharded, gradients are summed at each part: kept whole until the last they might not fit.
+            now = number == len(parts) - 1 or self.world == 1 or self.sharded
+            with nullcontext() if now else self.accelerator.no_sync(self.model):
                 self.seed(batch.step, number)
                 self.accelerator.backward(part() * scale)
 
@@ -108,7 +131,7 @@ class Stepper:
         Raises:
             TrainingError: the gradient is not finite.
         """
-        norm = float(self.accelerator.clip_grad_norm_(self.weights, self.config.max_grad_norm))
+        norm = float(whole(self.accelerator.clip_grad_norm_(self.weights, self.config.max_grad_norm)))
         if not math.isfinite(norm):
             raise TrainingError(f"step {step + 1}: the gradient's norm is {norm}; lower learning_rate or use float32")
         for group in self.optimizer.param_groups:
@@ -171,7 +194,7 @@ def run_steps(
 
 
 def _one_step(stepper: Stepper, objective: Objective[Any], batch: StepBatch[Any]) -> dict[str, Any]:
-    result = objective.backward(stepper, batch)
+    result = objective.backward(stepper, stepper.level(objective, batch))
     total, items, tokens = stepper.totals([float(result.losses_B.sum()), result.num_items, result.num_tokens])
     loss = total / batch.batch_size
     if not math.isfinite(loss):
@@ -191,10 +214,18 @@ def _log(log: StepLog | None, line: dict[str, Any], batch: StepBatch[Any], secon
         "items_per_second": round(items / seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
         "step_seconds": round(seconds, 4),
+        "memory_mb": peak_memory_mb(),
     }
     log.add(line)
     if flush:
         log.flush()
+
+
+def peak_memory_mb() -> int:
+    """The most this process has held so far: of its GPU's memory if it has one, else of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 def _flush(log: StepLog | None) -> None:

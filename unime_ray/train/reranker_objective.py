@@ -9,7 +9,7 @@ Shapes: B queries of a micro-batch, L slots of the longest list.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -23,7 +23,7 @@ from unime_ray.ids import show
 from unime_ray.models.backbone import Backbone
 from unime_ray.models.prompt_ids import PromptIds, check_length
 from unime_ray.models.tokens import Segment
-from unime_ray.train.collate import Content, Packed, StepBatch, pack, split
+from unime_ray.train.collate import Content, Packed, StepBatch, filler, pack, split
 from unime_ray.train.data import Example
 from unime_ray.train.loop import StepLoss, Stepper
 from unime_ray.train.worker import Setting
@@ -56,6 +56,13 @@ class RankingBatch:
     gold_B: Tensor
     lengths_B: Tensor
     tasks: tuple[RankingTask, ...]
+
+    @property
+    def packs(self) -> tuple[Packed, ...]:
+        return (self.pairs, self.lists)
+
+    def with_packs(self, pairs: Packed, lists: Packed) -> RankingBatch:
+        return replace(self, pairs=pairs, lists=lists)
 
 
 def ranking_task(example: Example, step: int, config: RerankerConfig) -> RankingTask:
@@ -90,7 +97,8 @@ class RankingModule(nn.Module):
 
     def forward(self, pairs: Packed, lists: Packed) -> tuple[Tensor, Tensor]:
         yes_no = [self._prompts.yes_id, self._prompts.no_id]
-        return self._logits(pairs, yes_no), self._logits(lists, self._prompts.index_ids)
+        with self._backbone[0].sharing_pictures():
+            return self._logits(pairs, yes_no), self._logits(lists, self._prompts.index_ids)
 
     def _logits(self, rows: Packed, answers: Sequence[int]) -> Tensor:
         backbone = self._backbone[0]
@@ -105,6 +113,7 @@ class RerankerObjective:
         self.setting, self.config = setting, config
         self.prompts = PromptIds(setting.backbone.tokens)
         self.module = RankingModule(setting.backbone, self.prompts)
+        self.filler = filler(setting.backbone)
 
     def load(self, step: int, rank: int, world: int) -> StepBatch[RankingBatch]:
         setting, config = self.setting, self.config
@@ -112,6 +121,10 @@ class RerankerObjective:
         tasks = [ranking_task(setting.examples[int(row)], step, config) for row in rows]
         parts = tuple(self._batch(part) for part in split(tasks, config.micro_batch_queries))
         return StepBatch(step, setting.order.batch_size, parts)
+
+    def empty(self) -> RankingBatch:
+        """A micro-batch without queries."""
+        return self._batch([])
 
     def backward(self, stepper: Stepper, batch: StepBatch[RankingBatch]) -> StepLoss:
         found: list[Tensor] = []
@@ -146,8 +159,8 @@ class RerankerObjective:
         return RankingBatch(
             pairs=pack(pairs, backbone),
             lists=pack([self._list(task, contents) for task in tasks], backbone),
-            gold_B=torch.tensor([task.gold for task in tasks], device=backbone.device),
-            lengths_B=torch.tensor([len(task.list_ids) for task in tasks], device=backbone.device),
+            gold_B=torch.tensor([task.gold for task in tasks], dtype=torch.long, device=backbone.device),
+            lengths_B=torch.tensor([len(task.list_ids) for task in tasks], dtype=torch.long, device=backbone.device),
             tasks=tuple(tasks),
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,20 @@ import ray.train
 import ray.train.torch
 import ray.train.v2._internal.execution.context
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unime_ray.artifacts import filesystem, join, remove
 from unime_ray.config import TrainConfig
 from unime_ray.corpus.payload import PayloadStore
 from unime_ray.models.backbone import Backbone
 from unime_ray.models.lora import apply_lora, merge_and_save
-from unime_ray.train.checkpoint import load_checkpoint, save_checkpoint
+from unime_ray.train.checkpoint import load_checkpoint, save_checkpoint, trainable_state
 from unime_ray.train.collate import SegmentStore
 from unime_ray.train.data import BatchOrder, Examples
 from unime_ray.train.job import TrainingJob
 from unime_ray.train.log import LOG, StepLog
 from unime_ray.train.loop import Objective, Stepper, run_steps
+from unime_ray.train.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -63,24 +65,23 @@ def work(
     objective = make_objective(setting)
     stepper = Stepper(objective, config, use_gpu=device.type != "cpu")
     start = _resume(stepper, job)
-    log = StepLog(join(job.artifact_uri, LOG), start) if stepper.rank == 0 else None
 
     def save(done: int, metrics: dict[str, float]) -> None:
         _report(stepper, setting.order, job, done, metrics)
 
-    run_steps(stepper, objective, start=start, position=setting.order.position, log=log, save=save)
-    if stepper.rank == 0:
-        _save_model(setting, job.artifact_uri)
+    with Trackers(job.artifact_uri, config, start) if stepper.rank == 0 else nullcontext() as trackers:
+        log = StepLog(join(job.artifact_uri, LOG), start, trackers) if stepper.rank == 0 else None
+        run_steps(stepper, objective, start=start, position=setting.order.position, log=log, save=save)
+    export(stepper, setting, job)
     return _counts(stepper, setting, log, start)
 
 
 def prepare(job: TrainingJob, config: TrainConfig, device: torch.device) -> Setting:
     """Backbone with adapters, rows, order and payload."""
-    # With adapters the frozen weights may be half precision; all-weights training keeps float32 and autocasts.
-    dtype = config.dtype if config.lora.rank else "float32"
-    backbone = Backbone.load(job.model, revision=job.revision, dtype=dtype, device=device, pixels=job.pixels)
-    torch.manual_seed(abs(config.seed))
-    adapted = apply_lora(backbone.model, config.lora)
+    # What is to be sharded moves to the device part by part, since it need not fit there whole.
+    backbone, adapted = _adapted(job, config, torch.device("cpu") if config.strategy == "fsdp" else device)
+    if config.feature_cache_mb is not None:
+        backbone.limit_feature_cache(config.feature_cache_mb << 20)
     if config.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     examples = Examples(job.examples_uri)
@@ -89,31 +90,62 @@ def prepare(job: TrainingJob, config: TrainConfig, device: torch.device) -> Sett
     return Setting(backbone, adapted, examples, order, store, config)
 
 
+def _adapted(job: TrainingJob, config: TrainConfig, device: torch.device) -> tuple[Backbone, nn.Module]:
+    # With adapters the frozen weights may be half precision; all-weights training keeps float32 and autocasts.
+    dtype = config.dtype if config.lora.rank else "float32"
+    backbone = Backbone.load(job.model, revision=job.revision, dtype=dtype, device=device, pixels=job.pixels)
+    torch.manual_seed(abs(config.seed))
+    return backbone, apply_lora(backbone.model, config.lora)
+
+
 def _resume(stepper: Stepper, job: TrainingJob) -> int:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as folder:
-        return load_checkpoint(Path(folder), stepper.module, stepper.optimizer, job.identity)["step"]
+        where = checkpoint.path
+        return load_checkpoint(Path(folder), stepper.module, stepper.optimizer, job.identity, where)["step"]
 
 
 def _report(stepper: Stepper, order: BatchOrder, job: TrainingJob, done: int, metrics: dict[str, float]) -> None:
     """Hand a checkpoint to Ray Train. All ranks must call it; only here, since a report waits for the controller's
     next poll: the progress line reads `log.jsonl` instead."""
+    epoch, batch = order.position(done)
+    position = {"step": done, "epoch": epoch, "batch": batch}
     if stepper.rank != 0:
+        save_checkpoint(None, stepper.module, stepper.optimizer, position, job.identity)
         ray.train.report(metrics)
         return
-    epoch, batch = order.position(done)
     with tempfile.TemporaryDirectory(prefix="unime-ray-checkpoint-") as folder:
-        position = {"step": done, "epoch": epoch, "batch": batch}
         save_checkpoint(Path(folder), stepper.module, stepper.optimizer, position, job.identity)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _save_model(setting: Setting, artifact_uri: str) -> None:
+def export(stepper: Stepper, setting: Setting, job: TrainingJob) -> None:
+    """Rank 0 writes the trained model; all ranks must call it, since a sharded one is put together by all."""
+    backbone, adapted = setting.backbone, setting.adapted
+    if stepper.sharded:
+        weights = trainable_state(stepper.module, keep=stepper.rank == 0)
+        if stepper.rank == 0:
+            backbone, adapted = _put_together(job, setting.config, weights)
+    if stepper.rank == 0:
+        _save_model(backbone, adapted, job.artifact_uri)
+
+
+def _put_together(job: TrainingJob, config: TrainConfig, weights: dict[str, Tensor]) -> tuple[Backbone, nn.Module]:
+    """The base checkpoint in this process's memory, with the trained weights (names as the training module's)."""
+    backbone, adapted = _adapted(job, config, torch.device("cpu"))
+    with torch.no_grad():
+        for name, weight in backbone.model.named_parameters(prefix="model"):
+            if name in weights:
+                weight.copy_(weights[name])
+    return backbone, adapted
+
+
+def _save_model(backbone: Backbone, adapted: nn.Module, artifact_uri: str) -> None:
     """Merged checkpoint to `model/`, adapter (if there is one) to `adapter/`, on whatever storage the run is on."""
     with tempfile.TemporaryDirectory(prefix="unime-ray-model-") as folder:
-        merge_and_save(setting.adapted, setting.backbone, Path(folder) / "model", Path(folder) / "adapter")
+        merge_and_save(adapted, backbone, Path(folder) / "model", Path(folder) / "adapter")
         for part in sorted(Path(folder).iterdir()):
             target = join(artifact_uri, part.name)
             remove(target)
