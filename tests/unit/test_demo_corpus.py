@@ -20,10 +20,19 @@ from unime_ray.corpus.demo import (
     UNSEEN_ARTIST,
     materialize_demo,
 )
-from unime_ray.corpus.demo_rows import PICTURE_QUERY, family_of
+from unime_ray.corpus.demo_rows import (
+    DEV_ARTIST,
+    DEV_FOLDS,
+    KNOWN_FOLDS,
+    PICTURE_QUERY,
+    TESTS,
+    Concept,
+    family_of,
+    load_corpus,
+)
 from unime_ray.errors import CorpusError
 
-TESTS = ("concepts", "compositions", "artist")
+SETS = [(split, test) for split in ("dev", "test") for test in TESTS]
 PAIR_KEYS = ["id", "query_text", "query_image", "pos_text", "pos_image", "dataset", "split"]
 
 
@@ -35,6 +44,12 @@ def concepts() -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def pictures() -> list[dict]:
     return pq.read_table(DEMO_DATA / "pictures.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def corpus_concepts() -> dict[str, Concept]:
+    """Concepts with the dev folds, which the shipped table does not name."""
+    return load_corpus(DEMO_DATA).concepts
 
 
 @pytest.fixture(scope="module")
@@ -126,55 +141,87 @@ def test_the_licence_file_names_every_artist_with_its_count(pictures):
 # --- the unpacked corpus ----------------------------------------------------------------------------------------------
 
 
-def test_training_files_hold_only_train_concepts_and_no_unseen_artist(root, concepts):
+def test_training_files_hold_only_train_concepts_and_no_unseen_artist(root, corpus_concepts):
     rows = read_rows(root, "train.jsonl") + read_rows(root, "pool.jsonl")
-    held_out_names = {row["name"] for row in concepts.values() if row["fold"] != "train"}
+    held_out_names = {concept.name for concept in corpus_concepts.values() if concept.fold != "train"}
     assert row_names(rows) & held_out_names == set()
     paths = [Path(path) for path in row_images(rows)]
-    assert {concepts[path.stem]["fold"] for path in paths} == {"train"}
-    assert UNSEEN_ARTIST not in {path.parent.name for path in paths}
+    assert {corpus_concepts[path.stem].fold for path in paths} == {"train"}
+    assert {path.parent.name for path in paths} == {ADAPTATION_ARTIST, *PRETRAINING_ARTISTS} - {DEV_ARTIST}
 
 
-def test_no_test_picture_lies_under_another_name_in_training(root):
+def test_no_dev_or_test_picture_lies_under_another_name_in_training(root):
     train = row_images(read_rows(root, "train.jsonl") + read_rows(root, "pool.jsonl"))
     train_bytes = {(root / path).read_bytes() for path in train}
-    for test in TESTS:
-        tested = row_images(read_rows(root, f"test_{test}.jsonl"))
+    for split, test in SETS:
+        tested = row_images(read_rows(root, f"{split}_{test}.jsonl"))
         assert tested & train == set()
         assert [path for path in tested if (root / path).read_bytes() in train_bytes] == []
 
 
-def test_training_pairs_are_the_adaptation_artists_and_half_each_way(root):
+def test_dev_and_test_ask_about_different_pictures(root):
+    asked = {split: row_images([r for t in TESTS for r in read_rows(root, f"{split}_{t}.jsonl")]) for split, _ in SETS}
+    assert asked["dev"] & asked["test"] == set()
+
+
+def test_the_dev_folds_are_train_emoji_of_the_right_size(concepts, corpus_concepts):
+    folds = Counter(concept.fold for concept in corpus_concepts.values())
+    assert {code for code, c in corpus_concepts.items() if c.fold in KNOWN_FOLDS} == {
+        code for code, row in concepts.items() if row["fold"] == "train"
+    }
+    assert 120 <= folds["dev_concept"] <= 220
+    assert 80 <= folds["dev_composition"] <= 100
+    in_family = defaultdict(Counter)
+    for code, concept in corpus_concepts.items():
+        in_family[family_of(code)][concept.fold] += 1
+    for family in in_family.values():
+        assert not family["dev_concept"] or family["dev_concept"] == sum(family[fold] for fold in KNOWN_FOLDS)
+        assert not family["dev_composition"] or (family["dev_composition"] == 1 and family["train"] >= 2)
+
+
+def test_training_pairs_are_half_each_way_and_any_picture_of_the_pool_may_be_the_positive(root):
     rows = read_rows(root, "train.jsonl")
     assert all(list(row) == PAIR_KEYS and row["split"] == "train" for row in rows)
     assert Counter(row["dataset"] for row in rows) == {"emoji_t2i": 750, "emoji_i2t": 750}
-    assert {Path(path).parent.name for path in row_images(rows)} == {ADAPTATION_ARTIST}
     assert len({row["id"] for row in rows}) == 1500
+    assert {Path(row["query_image"]).parent.name for row in rows if row["query_image"]} == {ADAPTATION_ARTIST}
+    pooled = Counter(Path(row["image"]).parent.name for row in read_rows(root, "pool.jsonl") if row["image"])
+    declared = Counter(Path(row["pos_image"]).parent.name for row in rows if row["pos_image"])
+    # Every artist's pictures are about as often right as they are there: nothing is learnt from the hand alone.
+    for artist, count in pooled.items():
+        assert 0.4 < (declared[artist] / declared.total()) / (count / pooled.total()) < 1.6, artist
 
 
-def test_the_mining_pool_holds_every_trainable_picture_and_name(root, concepts, pictures):
+def test_the_mining_pool_holds_the_adaptation_artist_and_duplicates_by_others(root, corpus_concepts, pictures):
     rows = read_rows(root, "pool.jsonl")
-    train = {code for code, row in concepts.items() if row["fold"] == "train"}
-    want = Counter(row["artist"] for row in pictures if row["hexcode"] in train and row["artist"] != UNSEEN_ARTIST)
-    assert Counter(Path(row["image"]).parent.name for row in rows if row["image"]) == want
-    assert {row["text"] for row in rows if not row["image"]} == {concepts[code]["name"] for code in train}
+    train = {code for code, concept in corpus_concepts.items() if concept.fold == "train"}
+    drawn = {row["hexcode"] for row in pictures if row["artist"] == ADAPTATION_ARTIST} & train
+    paths = [Path(row["image"]) for row in rows if row["image"]]
+    assert {path.stem for path in paths if path.parent.name == ADAPTATION_ARTIST} == drawn
+    copies = Counter(Counter(path.stem for path in paths)[code] for code in drawn)
+    assert set(copies) == {1, 2, 3}
+    assert 0.4 < copies[1] / len(drawn) < 0.6
+    assert {row["text"] for row in rows if not row["image"]} == {corpus_concepts[code].name for code in train}
 
 
-@pytest.mark.parametrize("test", TESTS)
-def test_every_positive_of_a_test_is_in_its_pool_once(root, test):
-    queries, pool = read_rows(root, f"test_{test}.jsonl"), read_rows(root, f"test_{test}_pool.jsonl")
+@pytest.mark.parametrize(("split", "test"), SETS)
+def test_every_positive_of_a_test_is_in_its_pool_once(root, split, test):
+    queries, pool = read_rows(root, f"{split}_{test}.jsonl"), read_rows(root, f"{split}_{test}_pool.jsonl")
     items = Counter((row["dataset"], row["text"], row["image"]) for row in pool)
     assert set(items.values()) == {1}
-    assert all(list(row) == PAIR_KEYS and row["split"] == "test" for row in queries)
+    assert all(list(row) == PAIR_KEYS and row["split"] == split for row in queries)
     assert [row for row in queries if (row["dataset"], row["pos_text"], row["pos_image"]) not in items] == []
     assert Counter(row["dataset"] for row in queries).keys() == {f"emoji_t2i_{test}", f"emoji_i2t_{test}"}
 
 
-def test_a_test_of_held_out_emoji_asks_about_nothing_else(root, concepts):
-    for test, fold in (("concepts", "heldout_concept"), ("compositions", "heldout_composition"), ("artist", "train")):
-        artist = UNSEEN_ARTIST if test == "artist" else ADAPTATION_ARTIST
-        paths = [Path(path) for path in row_images(read_rows(root, f"test_{test}.jsonl"))]
-        assert {(path.parent.name, concepts[path.stem]["fold"]) for path in paths} == {(artist, fold)}
+def test_a_test_of_held_out_emoji_asks_about_nothing_else(root, corpus_concepts):
+    folds = {("test", "concepts"): {"heldout_concept"}, ("test", "compositions"): {"heldout_composition"}}
+    folds |= {("dev", f"{fold.removeprefix('dev_')}s"): {fold} for fold in DEV_FOLDS}
+    artists = {("test", "artist"): UNSEEN_ARTIST, ("dev", "artist"): DEV_ARTIST}
+    for split, test in SETS:
+        paths = [Path(path) for path in row_images(read_rows(root, f"{split}_{test}.jsonl"))]
+        assert {path.parent.name for path in paths} == {artists.get((split, test), ADAPTATION_ARTIST)}
+        assert {corpus_concepts[path.stem].fold for path in paths} <= folds.get((split, test), set(KNOWN_FOLDS))
 
 
 def test_every_item_and_query_has_its_emoji_in_the_truth(root, concepts):

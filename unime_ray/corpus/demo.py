@@ -19,6 +19,7 @@ import unime_ray
 from unime_ray.corpus.demo_rows import (
     ADAPTATION_ARTIST,
     PRETRAINING_ARTISTS,
+    TESTS,
     UNSEEN_ARTIST,
     evaluation_set,
     load_corpus,
@@ -34,7 +35,7 @@ __all__ = ["ADAPTATION_ARTIST", "DEMO_DATA", "PRETRAINING_ARTISTS", "UNSEEN_ARTI
 
 DEMO_DATA = Path(unime_ray.__file__).parent / "data" / "demo"
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 MARKER = "demo_corpus.json"
 
 
@@ -42,7 +43,7 @@ def materialize_demo(root: str | Path, *, num_queries: int | None = None, seed: 
     """Unpack the demo corpus into the folder `root` and return it.
 
     It writes `images/<artist>/<hexcode>.webp`, `train.jsonl` (query and positive), `pool.jsonl` (what is mined),
-    `test_{concepts,compositions,artist}.jsonl`, each with its `..._pool.jsonl`, and `truth.parquet` with
+    `{dev,test}_{concepts,compositions,artist}.jsonl`, each with its `..._pool.jsonl`, and `truth.parquet` with
     `truth_items.parquet`. A folder that already holds the same content is left alone; otherwise the whole folder is
     built beside `root` and renamed, so that `root` is never half done.
 
@@ -104,8 +105,9 @@ def _put_in_place(building: Path, root: Path, content: str) -> None:
 def _write_corpus(folder: Path, content: str, num_queries: int | None, seed: int) -> None:
     corpus = load_corpus(DEMO_DATA)
     files = {"train.jsonl": training_pairs(corpus, num_queries, seed), "pool.jsonl": mining_pool(corpus)}
-    for test in ("concepts", "compositions", "artist"):
-        files[f"test_{test}.jsonl"], files[f"test_{test}_pool.jsonl"] = evaluation_set(corpus, test)
+    for split in ("dev", "test"):
+        for test in TESTS:
+            files[f"{split}_{test}.jsonl"], files[f"{split}_{test}_pool.jsonl"] = evaluation_set(corpus, test, split)
     for name, rows in files.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / name).write_text("".join(lines), encoding="utf-8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,25 @@ UNSEEN_ARTIST = "emojione"
 with each other, fluent-flat and fluent-contrast with fluent-3d, so none of those would be unseen."""
 PRETRAINING_ARTISTS = ("blob", "fluent-3d", "fluent-contrast", "fluent-flat", "fxemoji", "noto", "noto-mono", "twemoji")
 """What the bundled checkpoint was pretrained on, concepts of fold `train` only."""
+DEV_ARTIST = "twemoji"
+"""Left out of the mining pool too: the dev test of a style that adaptation does not see. (The checkpoint knows it.)"""
+POOL_ARTISTS = tuple(artist for artist in PRETRAINING_ARTISTS if artist != DEV_ARTIST)
+"""Whose pictures lie as duplicates beside the adaptation artist's in the mining pool."""
+
+TRAIN_FOLD = "train"
+DEV_FOLDS = ("dev_concept", "dev_composition")
+"""Train emoji that adaptation must not see, so that settings are chosen on them and not on the tests."""
+KNOWN_FOLDS = (TRAIN_FOLD, *DEV_FOLDS)
+"""All that the bundled checkpoint may have been pretrained on."""
+TESTS = ("concepts", "compositions", "artist")
 
 NUM_DISTRACTORS = 600
 NUM_ARTIST_QUERIES = 500
+NUM_DEV_ARTIST = 300
+NUM_DEV_COMPOSITIONS = 100
+DEV_SHARE = 0.08
+DUPLICATED_SHARE = 0.5
+"""Share of the pool's emoji that another artist's picture (or two) shows as well."""
 SAME_FAMILY, RELATED = 0.6, 0.3
 PICTURE_TEXT = "Represent the given picture."
 NAME_QUERY = "Name the emoji shown in the given picture."
@@ -39,7 +55,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """One emoji. `fold` is `train`, `heldout_concept` or `heldout_composition`."""
+    """One emoji. `fold` is `train`, `dev_concept`, `dev_composition`, `heldout_concept` or `heldout_composition`."""
 
     hexcode: str
     name: str
@@ -70,7 +86,24 @@ def load_corpus(folder: Path) -> Corpus:
         for r in rows
     }
     drawn = pq.read_table(folder / "pictures.parquet", columns=["artist", "hexcode"]).to_pylist()
-    return Corpus(concepts, frozenset((row["artist"], row["hexcode"]) for row in drawn))
+    return Corpus(with_dev_folds(concepts), frozenset((row["artist"], row["hexcode"]) for row in drawn))
+
+
+def with_dev_folds(concepts: dict[str, Concept]) -> dict[str, Concept]:
+    """Move whole families of the train fold to `dev_concept`, and one member of others to `dev_composition`.
+
+    A family gives a composition only if two of it stay in train, so that its parts are trained on.
+    """
+    families: dict[str, list[Concept]] = defaultdict(list)
+    for concept in concepts.values():
+        if concept.fold == TRAIN_FOLD:
+            families[family_of(concept.hexcode)].append(concept)
+    whole = {family for family in families if share_of(f"dev:{family}") < DEV_SHARE}
+    large = [members for family, members in families.items() if family not in whole and len(members) >= 3]
+    single = [sample([c for c in members if c.hexcode != family_of(c.hexcode)], 1, "dev")[0] for members in large]
+    moved = {c.hexcode: "dev_concept" for family in whole for c in families[family]}
+    moved |= {c.hexcode: "dev_composition" for c in sample(single, NUM_DEV_COMPOSITIONS, "dev")}
+    return {code: replace(c, fold=moved.get(code, c.fold)) for code, c in concepts.items()}
 
 
 def picture_path(artist: str, hexcode: str) -> str:
@@ -87,6 +120,11 @@ def family_of(hexcode: str) -> str:
 
 
 # --- pairs and pools --------------------------------------------------------------------------------------------------
+
+
+def share_of(key: str) -> float:
+    """A number in [0, 1) that depends on `key` alone: the same on every machine and under every Python."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 def sample(concepts: list[Concept], count: int, salt: str) -> list[Concept]:
@@ -118,48 +156,80 @@ def pool_items(pictures: Iterable[tuple[str, Concept]], names: Iterable[Concept]
 
 
 def training_pairs(corpus: Corpus, num_queries: int | None, seed: int) -> list[Row]:
-    concepts = corpus.by_artist(ADAPTATION_ARTIST, "train")
+    """Pairs of the train fold, half each way. Picture queries are the adaptation artist's; what a text query declares
+    its positive is one of the pool's pictures of that emoji, any of them."""
+    concepts = corpus.by_artist(ADAPTATION_ARTIST, TRAIN_FOLD)
     wanted = 2 * len(concepts) if num_queries is None else num_queries
     if not 2 <= wanted <= 2 * len(concepts):
         raise CorpusError(f"num_queries {wanted}: the demo corpus has 2 to {2 * len(concepts)} training pairs")
     counts = {"t2i": wanted - wanted // 2, "i2t": wanted // 2}
     chosen = {direction: sample(concepts, count, f"{seed}:{direction}") for direction, count in counts.items()}
-    rows = [pair(c, ADAPTATION_ARTIST, direction, "", "train") for direction in chosen for c in chosen[direction]]
+    rows = [pair(c, ADAPTATION_ARTIST, "i2t", "", "train") for c in chosen["i2t"]]
+    rows += [pair(c, declared_artist(corpus, c), "t2i", "", "train") for c in chosen["t2i"]]
     return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{row['id']}".encode()).digest())
 
 
-def mining_pool(corpus: Corpus) -> list[Row]:
-    """Every trainable picture and name of the train fold.
+def artists_in_pool(corpus: Corpus, concept: Concept) -> list[str]:
+    """Who drew the pool's pictures of an emoji: the adaptation artist, and for half of the emoji one or two others."""
+    chance = share_of(f"duplicate:{concept.hexcode}") / DUPLICATED_SHARE
+    wanted = 0 if chance >= 1 else 1 if chance >= 0.5 else 2
+    others = [artist for artist in POOL_ARTISTS if (artist, concept.hexcode) in corpus.drawn]
+    others.sort(key=lambda artist: share_of(f"duplicate:{artist}:{concept.hexcode}"))
+    own = [ADAPTATION_ARTIST] if (ADAPTATION_ARTIST, concept.hexcode) in corpus.drawn else []
+    return own + others[:wanted]
 
-    A training query names one picture its positive; the other artists' pictures of that emoji are natural false
-    negatives, known to the truth table alone.
+
+def declared_artist(corpus: Corpus, concept: Concept) -> str:
+    """Whose picture a text query declares its positive. Were it always the adaptation artist's while negatives are
+    everyone's, a loss over hard negatives would learn the artist's hand instead of the emoji."""
+    artists = artists_in_pool(corpus, concept)
+    return artists[int(share_of(f"declared:{concept.hexcode}") * len(artists))]
+
+
+def mining_pool(corpus: Corpus) -> list[Row]:
+    """The adaptation artist's pictures of the train fold with other artists' duplicates of some, and the names.
+
+    A training query names one picture its positive; the others of that emoji are natural false negatives, known to
+    the truth table alone.
     """
-    artists = (ADAPTATION_ARTIST, *PRETRAINING_ARTISTS)
-    pictures = [(artist, concept) for artist in artists for concept in corpus.by_artist(artist, "train")]
-    names = [concept for concept in corpus.concepts.values() if concept.fold == "train"]
+    names = [concept for concept in corpus.concepts.values() if concept.fold == TRAIN_FOLD]
+    pictures = [(artist, concept) for concept in names for artist in artists_in_pool(corpus, concept)]
     return pool_items(pictures, names, "", "train")
 
 
-def evaluation_set(corpus: Corpus, test: str) -> tuple[list[Row], list[Row]]:
-    """Queries in both directions and the pool of `concepts`, `compositions` or `artist`."""
-    artist = UNSEEN_ARTIST if test == "artist" else ADAPTATION_ARTIST
-    train = corpus.by_artist(artist, "train")
+def evaluation_set(corpus: Corpus, test: str, split: str) -> tuple[list[Row], list[Row]]:
+    """Queries in both directions and the pool of `concepts`, `compositions` or `artist`; split `test` or `dev`."""
     if test == "artist":
-        directions = {d: sample(train, NUM_ARTIST_QUERIES, f"artist:{d}") for d in ("t2i", "i2t")}
-        pool = corpus.by_artist(artist)
+        directions, artist, pool = _artist_set(corpus, split)
     else:
-        held_out = corpus.by_artist(artist, f"heldout_{test.removesuffix('s')}")
+        artist = ADAPTATION_ARTIST
+        fold = f"{'heldout' if split == 'test' else split}_{test.removesuffix('s')}"
+        held_out = corpus.by_artist(artist, fold)
         directions = {"t2i": held_out, "i2t": held_out}
-        pool = held_out + _distractors(train, held_out)
-    rows = [pair(c, artist, direction, f"_{test}", "test") for direction in directions for c in directions[direction]]
-    return rows, pool_items([(artist, concept) for concept in pool], pool, f"_{test}", "test")
+        known = corpus.by_artist(artist, *(KNOWN_FOLDS if split == "test" else (TRAIN_FOLD,)))
+        pool = held_out + _distractors(known, held_out)
+    rows = [pair(c, artist, direction, f"_{test}", split) for direction in directions for c in directions[direction]]
+    return rows, pool_items([(artist, concept) for concept in pool], pool, f"_{test}", split)
 
 
-def _distractors(train: list[Concept], held_out: list[Concept]) -> list[Concept]:
+def _artist_set(corpus: Corpus, split: str) -> tuple[dict[str, list[Concept]], str, list[Concept]]:
+    """Queries by direction, artist and pool of the test of an artist that adaptation does not see."""
+    artist, count = (UNSEEN_ARTIST, NUM_ARTIST_QUERIES) if split == "test" else (DEV_ARTIST, NUM_DEV_ARTIST)
+    known = corpus.by_artist(artist, *KNOWN_FOLDS)
+    salt = "artist" if split == "test" else "dev artist"
+    directions = {direction: sample(known, count, f"{salt}:{direction}") for direction in ("t2i", "i2t")}
+    if split == "test":
+        return directions, artist, corpus.by_artist(artist)
+    asked = {concept.hexcode: concept for chosen in directions.values() for concept in chosen}
+    pool = asked | {concept.hexcode: concept for concept in sample(known, NUM_DISTRACTORS, "dev artist")}
+    return directions, artist, list(pool.values())
+
+
+def _distractors(known: list[Concept], held_out: list[Concept]) -> list[Concept]:
     """NUM_DISTRACTORS known emoji, first those that differ from a held-out one only in tone or gender."""
     families = {family_of(concept.hexcode) for concept in held_out}
-    near = [concept for concept in train if family_of(concept.hexcode) in families]
-    far = [concept for concept in train if family_of(concept.hexcode) not in families]
+    near = [concept for concept in known if family_of(concept.hexcode) in families]
+    far = [concept for concept in known if family_of(concept.hexcode) not in families]
     near = sample(near, NUM_DISTRACTORS // 2, "near")
     return near + sample(far, NUM_DISTRACTORS - len(near), "far")
 

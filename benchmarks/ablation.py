@@ -1,0 +1,138 @@
+"""The ablation on the demo corpus: what the judge, its scores, the negatives and the loss are each worth.
+
+    python benchmarks/ablation.py --seeds 3 --out runs/ablation
+    python benchmarks/ablation.py --seeds 3 --out runs/ablation --groups losses judges
+    python benchmarks/ablation.py --quick --out /tmp/quick      two steps an arm: does everything run
+
+Mining runs once, by the stages, on a local Ray; then every (arm, seed) is trained and measured in this process, one
+after the other, each arm with seed 0 before any with seed 1. A result is a Parquet file, so a run that was cut off goes
+on where it was. Learning rates are chosen on the dev split, once a family of arms, among the same three values;
+nothing else looks at dev, and test is looked at once. `--report` draws the tables and plots again from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pyarrow.parquet as pq
+from ablation_arms import BASE, LEARNING_RATES, Arm, arms
+from ablation_lab import Lab, mine
+from ablation_report import mean_hit, write_report
+
+from unime_ray.artifacts import Run
+from unime_ray.config import load_config
+from unime_ray.preflight import resolve_demo
+
+KEPT = ["dataset", "split", "query_id", "hit@1", "recall@10", "mrr"]
+QUICK_STEPS = 2
+
+
+def main() -> None:
+    options = _options()
+    out = Path(options.out).resolve()
+    wanted = [arm for arm in arms() if _wanted(arm, options)]
+    if not options.report:
+        lab = _lab(out, options, wanted)
+        rates = tune(lab, wanted, options) if not options.quick else {}
+        for seed in range(options.seeds):
+            for arm in wanted:
+                if seed == 0 or arm.name != BASE:
+                    _one(lab, arm, seed, rates.get(arm.tuned_as), options.quick)
+    write_report(out, arms())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="folder of the mined run, results, tables and plots")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="*", help="only these arms")
+    parser.add_argument("--groups", nargs="*", help="only arms of these groups")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="two steps an arm, no choice of learning rates")
+    parser.add_argument("--report", action="store_true", help="only draw tables and plots of what is there")
+    return parser.parse_args()
+
+
+def _wanted(arm: Arm, options: argparse.Namespace) -> bool:
+    if options.arms:
+        return arm.name in options.arms
+    return not options.groups or arm.group in options.groups
+
+
+def _lab(out: Path, options: argparse.Namespace, wanted: Sequence[Arm]) -> Lab:
+    """The mined run (made unless it is there) and the judges that have judged it."""
+    config = resolve_demo(load_config("demo", [f"run={out / 'run'}"]))
+    run = Run(config.run)
+    mine(run, config, [name for name in config.judges if any(arm.judge == name for arm in wanted)])
+    return Lab(run, config, out, options.threads)
+
+
+def tune(lab: Lab, wanted: Sequence[Arm], options: argparse.Namespace) -> dict[str, float]:
+    """The learning rate of each family of arms: the best mean hit@1 over the dev sets, first seed."""
+    by_name = {arm.name: arm for arm in arms()}
+    rates: dict[str, float] = {}
+    for family in dict.fromkeys(arm.tuned_as for arm in wanted if arm.name != BASE and arm.rerank is None):
+        found = {rate: _tried(lab, by_name[family], rate) for rate in LEARNING_RATES}
+        rates[family] = max(found, key=lambda rate: found[rate])
+    return rates
+
+
+def _tried(lab: Lab, arm: Arm, rate: float) -> float:
+    path = lab.out / "dev" / f"{_file_name(arm.name)}-{rate:g}.parquet"
+    if not path.exists():
+        _run_arm(lab, arm, 0, rate, "dev", path)
+    return mean_hit(pq.read_table(path))
+
+
+def _one(lab: Lab, arm: Arm, seed: int, rate: float | None, quick: bool) -> None:
+    path = lab.out / "results" / f"{_file_name(arm.name)}-{seed}.parquet"
+    if not path.exists():
+        _run_arm(lab, arm, seed, rate, "test", path, QUICK_STEPS if quick else None)
+
+
+def _run_arm(
+    lab: Lab, arm: Arm, seed: int, rate: float | None, split: str, path: Path, steps: int | None = None
+) -> None:
+    """Train and measure; the table is written last and whole, so that it is there or not."""
+    began, facts = time.perf_counter(), {"arm": arm.name, "seed": seed, "learning_rate": rate}
+    if arm.name == BASE:
+        table = lab.retrieve(lab.reference, split)
+    else:
+        config = arm.reranker(seed, steps) if arm.rerank else arm.config(seed, rate, steps)
+        examples, counts = lab.negatives(arm.judge, arm.selection(lab.config.select), arm.hard_labels)
+        setting, cost = lab.train(config, examples)
+        if arm.rerank is None:
+            table = lab.retrieve(setting.backbone, split)
+        else:
+            table = lab.rerank(setting.backbone, lab.retrieve(lab.reference, split), *arm.rerank)
+        facts |= cost | {"judge": lab.judge_figures(arm.judge), "selected": dict(counts)}
+    facts["seconds"] = round(time.perf_counter() - began, 1)
+    _save(path, table.select(KEPT), facts)
+    print(
+        f"{split} {arm.name} seed {seed} lr {rate}: hit@1 {100 * mean_hit(table):.2f} in {facts['seconds']} s",
+        flush=True,
+    )
+
+
+def _save(path: Path, table: Any, facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(f".{os.getpid()}.tmp")
+    pq.write_table(table.replace_schema_metadata({"facts": json.dumps(facts)}), half)
+    os.replace(half, path)
+
+
+def _file_name(name: str) -> str:
+    return name.replace("/", "__")
+
+
+if __name__ == "__main__":
+    main()
