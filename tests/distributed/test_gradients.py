@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from tests.distributed.rank import SECTIONS
-from tests.distributed.scene import SECTION, build_scene, gradients
+from tests.distributed.scene import SECTION, build_scene, gradients, job_of, stepper_of
+from unime_ray.config import EmbedderConfig
+from unime_ray.train import embedder_objective, worker
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RERANKER = {name: value for name, value in SECTION.items() if not name.endswith("temperature")} | {"max_list_length": 4}
@@ -87,6 +89,27 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(scene, name):
     expected = whole(scene, name)
     for size in (3, 4):  # 4 leaves a short last micro-batch
         assert_equal(gradients(scene, SECTIONS[kind].model_validate(section | {"micro_batch_queries": size})), expected)
+
+
+def test_gradient_caching_repeats_the_dropout_of_its_first_pass(scene):
+    """Micro-batches embedded twice give the gradient of one graph over all of them."""
+    section = SECTION | {"loss": "infonce", "num_negatives": 2, "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.3}}
+    config = EmbedderConfig.model_validate(section)
+    setting = worker.prepare(job_of(scene, config), config, torch.device("cpu"))
+    objective = embedder_objective.make_objective(setting)
+    stepper = stepper_of(objective, config)
+    stepper.module.train()
+    batch = objective.load(1, 0, 1)
+    embedded = []
+    for number, micro in enumerate(batch.micro_batches):
+        stepper.seed(batch.step, number)
+        embedded.append(stepper.model(micro.inputs))
+    loss = objective._in_batch_loss(embedded, batch).mean()
+    loss.backward()
+    named = stepper.module.named_parameters()
+    expected = {name: weight.grad for name, weight in named if weight.grad is not None}
+    assert len(batch.micro_batches) == 2
+    assert_equal(gradients(scene, config), (float(loss), expected))
 
 
 @pytest.mark.slow

@@ -123,6 +123,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     save_checkpoint(tmp_path, module, optimizer, {"step": 1}, IDENTITY)
     with pytest.raises(TrainingError, match="checkpoint of another model"):
         load_checkpoint(tmp_path, module, optimizer, IDENTITY | {"model": "other"})
+    before, after = ({"config": json.dumps({"steps": steps, "seed": 0})} for steps in (5, 6))
+    save_checkpoint(tmp_path, module, optimizer, {"step": 1}, before)
+    with pytest.raises(TrainingError, match=r"another config \(steps: 5, this run has 6\); remove it"):
+        load_checkpoint(tmp_path, module, optimizer, after)
+    save_checkpoint(tmp_path, module, optimizer, {"step": 1}, IDENTITY)
     bigger = nn.Sequential(module, nn.Linear(2, 2))
     with pytest.raises(TrainingError, match="disagree on weight '0.bias'"):
         load_checkpoint(tmp_path, bigger, torch.optim.AdamW(bigger.parameters()), IDENTITY)

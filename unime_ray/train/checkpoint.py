@@ -8,6 +8,7 @@ and only then records it, so a half-written one is never taken.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -74,7 +75,7 @@ def load_checkpoint(
     for key, value in identity.items():
         found = state["identity"].get(key)
         if found != value:
-            raise TrainingError(f"{where}: checkpoint of another {key} ({found}, this run has {value}); remove it")
+            raise TrainingError(f"{where}: checkpoint of another {key} ({_difference(found, value)}); remove it")
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     values = state["model"]
     different = own.keys() ^ values.keys() | {n for n in own.keys() & values.keys() if own[n].shape != values[n].shape}
@@ -85,6 +86,15 @@ def load_checkpoint(
             weight.copy_(like(values[name], weight))
     optimizer.load_state_dict(_laid_out(state["optimizer"], optimizer))
     return state["position"]
+
+
+def _difference(found: str | None, value: str) -> str:
+    """What a checkpoint and a run disagree on: of two configs, the keys."""
+    if not (found and found.startswith("{") and value.startswith("{")):
+        return f"{found}, this run has {value}"
+    one, other = json.loads(found), json.loads(value)
+    keys = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    return ", ".join(f"{key}: {one.get(key)}, this run has {other.get(key)}" for key in keys)
 
 
 def _read(path: Path, where: str) -> dict[str, Any]:
