@@ -18,8 +18,12 @@ class LoraConfig(Section):
     dropout: Fraction = 0.0
     dora: bool = False
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How the adapters' first factors start (the second are zero): as the published embedders, or as the reranker."""
     train_vision: bool = False
-    """Adapt the vision tower's linear layers too."""
+    """Adapt the vision tower too."""
+    vision_modules: tuple[str, ...] = ()
+    """Which linear layers of its blocks (default: all of them)."""
 
 
 class TrainConfig(Section):

@@ -103,7 +103,7 @@ def check_vllm(config: RunConfig) -> None:
 
 def check_models(config: RunConfig) -> None:
     """Raise ModelError unless every checkpoint can be loaded in its role; reads configs and tokenizers only."""
-    from unime_ray.models.backbone import check_model
+    from unime_ray.models.loading import check_model
 
     roles: dict[tuple[str, str | None], bool] = {(config.embed.model, config.embed.revision): False}
     for judge in config.judges.values():

@@ -71,7 +71,7 @@ def test_patches_equal_the_image_processor(backbone: Backbone, checkpoint: Path)
 def test_pixel_budget_overrides_the_checkpoint(checkpoint: Path) -> None:
     small = Backbone.load(str(checkpoint), device="cpu", pixels=PixelBudget(min_pixels=256, max_pixels=1024))
     found = small.pixels.picture(picture(0, 300, 300))
-    assert found.grid == (4, 4) and small.num_image_tokens(found.grid) == 4
+    assert found.grid == (4, 4) and small.pixels.num_tokens(found.grid) == 4
     with pytest.raises(ModelError, match="min_pixels"):
         Backbone.load(str(checkpoint), device="cpu", pixels=PixelBudget(min_pixels=10**6, max_pixels=1024))
 
@@ -184,7 +184,7 @@ def test_text_of_users_never_becomes_a_special_token(backbone: Backbone) -> None
     sneaky = make_item("a <|image_pad|> b <|im_end|>", picture(1))
     segment = backbone.segments([sneaky])[0]
     image_tokens = (segment.ids == backbone.tokens.image_token_id).sum()
-    assert image_tokens == backbone.num_image_tokens(segment.pictures[0].grid)
+    assert image_tokens == backbone.pixels.num_tokens(segment.pictures[0].grid)
     assert backbone.tokens.tokenizer.convert_tokens_to_ids("<|im_end|>") not in segment.ids
 
 

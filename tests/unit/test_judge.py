@@ -24,9 +24,10 @@ from tests.unit.models_fixtures import (
 from unime_ray.config import JudgeConfig
 from unime_ray.errors import ModelError
 from unime_ray.models import judge_transformers
-from unime_ray.models.backbone import Backbone, check_model
+from unime_ray.models.backbone import Backbone
 from unime_ray.models.judge import Verdict, load_judge, yes_probability
 from unime_ray.models.judge_transformers import TransformersJudge
+from unime_ray.models.loading import check_model
 from unime_ray.models.prompt_ids import PromptIds
 from unime_ray.prompts import judge_prompt
 

@@ -1,7 +1,7 @@
-"""A checkpoint of the Qwen2-VL family: model, tokenizer and image processor, and what every task needs of them.
+"""A checkpoint: model, tokenizer and image processor, and what every task needs of them, whatever its family.
 
-The language model is called directly with embedded tokens and explicit M-RoPE positions (segments carry them), so
-neither `get_rope_index` nor `rope_deltas` is involved and picture features can come from a cache.
+The language model is called directly with embedded tokens and explicit positions (segments carry them), so with M-RoPE
+neither `get_rope_index` nor `rope_deltas` is involved, and picture features can come from a cache.
 
 Shapes: B rows, T tokens of the longest, D hidden width, M image tokens of a picture, X = 1 + deepstack layers.
 """
@@ -16,21 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from unime_ray.config import PixelBudget
 from unime_ray.errors import ModelError, RejectedRow
-from unime_ray.models import attention, vision
 from unime_ray.models.cache import ByteCache
+from unime_ray.models.families import DualEncoder, Family
 from unime_ray.models.items import Item
+from unime_ray.models.loading import first_line, read_processor, read_tokens
 from unime_ray.models.names import resolve_model
-from unime_ray.models.pixels import CHECKPOINT_BUDGET, Picture, PixelPipeline
-from unime_ray.models.prompt_ids import UNIME_V2, PromptIds
+from unime_ray.models.pixels import CHECKPOINT_BUDGET, Picture
 from unime_ray.models.tokens import PromptTokenizer, Segment
-from unime_ray.prompts import JudgePrompt
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FEATURE_CACHE_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}
 CPU_BATCH_TOKENS = 4096
 """Measured with a 3M-parameter model: 2048 and 4096 are fastest, 16384 costs a quarter more."""
@@ -47,7 +44,7 @@ class Batch:
     attention_mask: Tensor
     """(B, T) int64: 1 where a token is"""
     position_ids: Tensor
-    """(3, B, T) int64: M-RoPE positions (time, row, column)"""
+    """(3, B, T) int64: M-RoPE positions (time, row, column); three times the same in families without"""
     last: Tensor
     """(B,) int64: index of each row's last token"""
     pictures: tuple[Picture, ...] = field(default=())
@@ -62,28 +59,22 @@ class Batch:
 
     def model_inputs(self, backbone: Backbone) -> dict[str, Tensor]:
         """Keyword arguments of transformers' own forward: pixel values, grids and token types included."""
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        inputs["mm_token_type_ids"] = (self.input_ids == backbone.tokens.image_token_id).int()
-        if self.pictures:
-            inputs["pixel_values"] = backbone.pixels.normalise(self.pictures, self.input_ids.device)
-            inputs["image_grid_thw"] = torch.tensor([[1, *picture.grid] for picture in self.pictures])
-        return inputs
+        return backbone.family.plain_inputs(self, backbone.pixels)
 
 
 class Backbone:
     """One loaded checkpoint. `model` is transformers' own class; adapters may be put into it in place."""
 
-    def __init__(self, model: Any, tokens: PromptTokenizer, processor: Any, pixels: PixelBudget, path: str) -> None:
-        self.model, self.tokens, self.processor, self.path = model, tokens, processor, path
-        self.pixels = PixelPipeline(processor, pixels)
-        self.family: str = model.config.model_type
-        self.max_tokens: int = model.config.get_text_config().max_position_embeddings
+    def __init__(
+        self, model: Any, family: Family, tokens: PromptTokenizer, processor: Any, pixels: PixelBudget, path: str
+    ) -> None:
+        self.model, self.family, self.tokens, self.processor, self.path = model, family, tokens, processor, path
+        self.pixels = family.pictures(processor, pixels)
+        self.max_tokens = family.max_tokens
         self.pad_id: int = tokens.tokenizer.pad_token_id or 0
-        self._tables = vision.GridTables(model.model.visual)
         self._features: ByteCache[bytes, Tensor] = ByteCache(FEATURE_CACHE_BYTES.get(self.device.type, 512 << 20))
         self._shared: dict[bytes, Tensor] | None = None
-        vision.speed_up(model.model.visual)
-        model.model.language_model.config._attn_implementation = attention.NAME
+        family.attach(model)
 
     @classmethod
     def load(
@@ -98,33 +89,41 @@ class Backbone:
         """Load `model` (`tiny`, a folder or a hub id) for inference; device: CUDA if there is one, else the CPU.
 
         Raises:
-            ModelError: no such model, an architecture outside FAMILIES, no image processor of the family, a
-                tokenizer without the image token.
+            ModelError: no such model, an architecture of no family, no image processor of the family, a tokenizer
+                without the image token.
         """
         path = resolve_model(model)
         disable_progress_bar()  # one line per shard and actor would drown a job's own log
-        config, tokens = read_tokens(model, revision)
+        family, tokens = read_tokens(model, revision)
         processor = read_processor(model, revision)
         try:
-            loaded = AutoModelForImageTextToText.from_pretrained(
-                path, config=config, revision=revision, dtype=getattr(torch, dtype)
+            loaded = family.auto_class.from_pretrained(
+                path, config=family.config, revision=revision, dtype=getattr(torch, dtype)
             )
         except (OSError, ValueError) as error:
-            raise ModelError(f"model {model}: cannot be loaded ({_line(error)})") from error
+            raise ModelError(f"model {model}: cannot be loaded ({first_line(error)})") from error
         where = torch.device(device) if device is not None else default_device()
-        return cls(loaded.eval().to(where), tokens, processor, pixels, path)
+        if family.name != loaded.config.model_type:
+            loaded.config.unime_ray_family = family.name  # a saved checkpoint tells what its folder's name may not
+        return cls(loaded.eval().to(where), family, tokens, processor, pixels, path)
 
     @property
     def device(self) -> torch.device:
-        return self.model.lm_head.weight.device
+        return self.family.anchor(self.model).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.lm_head.weight.dtype
+        return self.family.anchor(self.model).dtype
 
     @property
     def hidden_size(self) -> int:
-        return self.model.config.get_text_config().hidden_size
+        """Width of the vectors."""
+        return self.family.embedding_dim
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether picture features change in training, so that they must not be cached."""
+        return any(weight.requires_grad for weight in self.family.vision_parameters(self.model))
 
     @property
     def yes_id(self) -> int:
@@ -140,9 +139,8 @@ class Backbone:
 
     @property
     def can_share_prefix(self) -> bool:
-        """Whether suffixes may attend to all of a shared prefix: not if some layer's attention slides."""
-        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or ["full_attention"]
-        return all(kind == "full_attention" for kind in kinds)
+        """Whether suffixes may attend to all of a shared prefix (see `Family.can_share_prefix`)."""
+        return self.family.can_share_prefix
 
     def encode_text(self, rendered: str) -> list[int]:
         """Token ids of a text without a picture."""
@@ -151,9 +149,6 @@ class Backbone:
     def chat_wrap(self) -> tuple[str, str]:
         """What the chat template puts around a user's turn, up to where the answer starts."""
         return self.tokens.chat_wrap()
-
-    def num_image_tokens(self, grid: tuple[int, int]) -> int:
-        return self.pixels.num_tokens(grid)
 
     def pictures(self, items: Sequence[Item]) -> list[Picture | RejectedRow | None]:
         """Each item's picture; None if it has none, the reason if it cannot be used. Decoded in a thread pool."""
@@ -165,10 +160,10 @@ class Backbone:
         return found
 
     def segments(self, items: Sequence[Item]) -> list[Segment | RejectedRow]:
-        """The exact input of each item, without chat template; an item that cannot be used is its reason instead."""
+        """The exact input of each item to embed; an item that cannot be used is its reason instead."""
         return [self._segment(item, picture) for item, picture in zip(items, self.pictures(items), strict=True)]
 
-    def prepare(self, items: Sequence[Item], padding_side: str = "left") -> Batch:
+    def prepare(self, items: Sequence[Item], padding_side: str | None = None) -> Batch:
         """A batch of items.
 
         Raises:
@@ -180,8 +175,10 @@ class Backbone:
                 raise segment
         return self.collate([segment for segment in segments if isinstance(segment, Segment)], padding_side)
 
-    def collate(self, segments: Sequence[Segment], padding_side: str = "left") -> Batch:
-        """Rows padded to the longest, on the model's device. Padding takes part in nothing, whichever side it is on."""
+    def collate(self, segments: Sequence[Segment], padding_side: str | None = None) -> Batch:
+        """Rows padded to the longest, on the model's device. Padding takes part in nothing, whichever side it is on
+        (default: the family's)."""
+        padding_side = padding_side or self.family.padding_side
         lengths = np.array([len(segment) for segment in segments])
         width = int(lengths.max())
         starts = width - lengths if padding_side == "left" else np.zeros_like(lengths)
@@ -200,7 +197,7 @@ class Backbone:
 
         A picture that repeats is computed once; its features are kept by content unless the tower is being trained.
         """
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.model.visual.parameters())
+        trained = torch.is_grad_enabled() and self.trains_vision
         found = self._with_gradients(pictures) if trained else self._from_cache(pictures)
         return torch.cat([found[picture.key] for picture in pictures], dim=1)
 
@@ -240,8 +237,7 @@ class Backbone:
 
     def run_language_model(self, batch: Batch, **kwargs: Any) -> Tensor:
         """Last hidden states (B, T, D), after the final norm. `kwargs` go to the language model's forward."""
-        core = self.model.model
-        embedded = core.language_model.embed_tokens(batch.input_ids)
+        embedded = self.family.language_model(self.model).embed_tokens(batch.input_ids)
         if batch.pictures:
             features = self.features(batch.pictures).to(embedded.dtype)
             where = batch.input_ids == self.tokens.image_token_id
@@ -249,11 +245,16 @@ class Backbone:
             if features.shape[0] > 1:
                 kwargs |= {"visual_pos_masks": where, "deepstack_visual_embeds": list(features[1:])}
         kwargs.setdefault("attention_mask", batch.attention_mask)
-        output = core.language_model(inputs_embeds=embedded, position_ids=batch.position_ids, use_cache=False, **kwargs)
-        return output.last_hidden_state
+        return self.family.run(self.model, embedded, batch, **kwargs)
 
     def forward_hidden(self, batch: Batch) -> Tensor:
-        """The last token's last hidden state of each row: (B, D), with gradients if they are enabled."""
+        """What embeds each row, (B, D): the last token's last hidden state, or what a dual encoder's towers say.
+
+        With gradients if they are enabled.
+        """
+        if isinstance(self.family, DualEncoder):
+            features = self.features(batch.pictures)[0] if batch.pictures else None
+            return self.family.embed(self.model, batch, features, self.pad_id)
         hidden = self.run_language_model(batch)
         return hidden[torch.arange(len(batch), device=hidden.device), batch.last]
 
@@ -270,7 +271,7 @@ class Backbone:
         if isinstance(picture, RejectedRow):
             return picture
         try:
-            segment = self.tokens.rendered(item.rendered, [] if picture is None else [picture])
+            segment = self.family.segment(self.tokens, item, [] if picture is None else [picture])
         except RejectedRow as reason:
             return reason
         if not len(segment):
@@ -282,70 +283,17 @@ class Backbone:
     def _encode(self, pictures: Sequence[Picture]) -> list[Tensor]:
         """Features (X, M, D) of each picture, in forward passes of about VISION_BATCH_PATCHES."""
         order = sorted(range(len(pictures)), key=lambda index: pictures[index].grid)
+        sizes = [self.family.num_patches(pictures[index]) for index in order]
         encoded: list[Tensor] = [torch.empty(0)] * len(pictures)
-        for chunk in _chunks(order, [len(pictures[index].patches) for index in order], VISION_BATCH_PATCHES):
+        for chunk in _chunks(order, sizes, VISION_BATCH_PATCHES):
             parts = self._encode_once([pictures[index] for index in chunk])
             for index, features in zip(chunk, parts, strict=True):
                 encoded[index] = features
         return encoded
 
     def _encode_once(self, pictures: Sequence[Picture]) -> Sequence[Tensor]:
-        visual = self.model.model.visual
-        grids = [picture.grid for picture in pictures]
         values = self.pixels.normalise(pictures, self.device).to(self.dtype)
-        thw = torch.tensor([[1, *grid] for grid in grids], device=self.device)
-        output = visual(values, grid_thw=thw, **self._tables.of(grids, self.device))
-        layers = torch.stack([output.pooler_output, *(getattr(output, "deepstack_features", None) or [])])
-        return layers.split([self.pixels.num_tokens(grid) for grid in grids], dim=1)
-
-
-def read_tokens(model: str, revision: str | None = None) -> tuple[Any, PromptTokenizer]:
-    """A checkpoint's configuration and tokenizer; its weights are not touched.
-
-    Raises:
-        ModelError: no such model, an architecture outside FAMILIES, a tokenizer without the image token.
-    """
-    path = resolve_model(model)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {model}: cannot read its config ({_line(error)})") from error
-    if config.model_type not in FAMILIES:
-        names = ", ".join(config.architectures or [config.model_type])
-        raise ModelError(f"model {model}: architecture {names} is not supported; supported: {', '.join(FAMILIES)}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {model}: its tokenizer cannot be loaded ({_line(error)})") from error
-    vision_ids = (config.vision_start_token_id, config.vision_end_token_id)
-    merge = config.vision_config.spatial_merge_size
-    return config, PromptTokenizer(tokenizer, config.image_token_id, vision_ids, merge, model)
-
-
-def read_processor(model: str, revision: str | None = None) -> Any:
-    """A checkpoint's image processor.
-
-    Raises:
-        ModelError: it has none, so it cannot take pictures.
-    """
-    try:
-        # The PIL backend: the default one needs torchvision.
-        return AutoImageProcessor.from_pretrained(resolve_model(model), revision=revision, backend="pil")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {model}: no image processor, so it cannot take pictures ({_line(error)})") from error
-
-
-def check_model(
-    model: str, *, revision: str | None = None, needs_answers: bool = False, prompt: JudgePrompt = UNIME_V2
-) -> None:
-    """Raise ModelError unless `model` can embed and, with `needs_answers`, can judge (asked by `prompt`) and rerank.
-
-    Reads the configuration, the tokenizer and the image processor only: cheap enough to do before any work starts.
-    """
-    _, tokens = read_tokens(model, revision)
-    PixelPipeline(read_processor(model, revision))
-    if needs_answers:
-        PromptIds(tokens, judge_prompt=prompt)
+        return self.family.encode(self.model, pictures, values)
 
 
 def default_device() -> torch.device:
@@ -363,8 +311,3 @@ def _chunks(order: Sequence[int], sizes: Sequence[int], budget: int) -> list[lis
         parts[-1].append(index)
         room -= size
     return parts
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

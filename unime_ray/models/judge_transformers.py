@@ -17,6 +17,7 @@ from unime_ray.errors import RejectedRow
 from unime_ray.models.attention import Prefix
 from unime_ray.models.backbone import Backbone
 from unime_ray.models.embedder import token_budget_batches
+from unime_ray.models.families import check_judge
 from unime_ray.models.items import Item
 from unime_ray.models.judge import Group, Verdict
 from unime_ray.models.pixels import Picture
@@ -61,8 +62,9 @@ class TransformersJudge:
         """`repetition_penalty` as the logits processors of transformers and vLLM apply it: the prompt has both answers.
 
         Raises:
-            ModelError: no chat template, or Yes, No are not single tokens.
+            ModelError: a model that only embeds, no chat template, or Yes, No are not single tokens.
         """
+        check_judge(backbone.family, backbone.tokens.name)
         self.backbone, self.batch_tokens = backbone, backbone.batch_budget(batch_tokens)
         self.repetition_penalty = repetition_penalty
         self.prompts = PromptIds(backbone.tokens, prompt_order, prompt)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from transformers.utils import cached_file
 from unime_ray.config import LoraConfig
 from unime_ray.errors import ModelError
 from unime_ray.models.backbone import Backbone
+from unime_ray.models.families import Family, family_of
 
-VISION_LINEARS = "qkv|proj|fc1|fc2|gate_proj|up_proj|down_proj|linear_fc1|linear_fc2"
 SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
@@ -34,22 +35,25 @@ SIDE_FILES = (
 def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Make `model` trainable as `config` says, in place; returns what to train (a peft model, or `model` if rank 0).
 
-    Everything but the adapters is frozen. With rank 0 all weights train, the vision tower's only if `train_vision`.
+    Everything but the adapters is frozen. With rank 0 all weights train; the vision tower's and its projector's only if
+    `train_vision`.
 
     Raises:
         ModelError: no module of the model has one of `target_modules`.
     """
+    family = family_of(model.config)
     if config.rank == 0:
         model.requires_grad_(True)
-        model.model.visual.requires_grad_(config.train_vision)  # type: ignore[union-attr]
+        for weight in family.vision_parameters(model):
+            weight.requires_grad_(config.train_vision)
         return model
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         use_dora=config.dora,
-        init_lora_weights="gaussian",
-        target_modules=target_pattern(config),
+        init_lora_weights="gaussian" if config.init == "gaussian" else True,
+        target_modules=target_pattern(config, family),
     )
     try:
         return peft.get_peft_model(model, settings)  # type: ignore[arg-type]
@@ -58,13 +62,18 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         raise ModelError(f"lora.target_modules: the model's language part has none of {wanted}") from error
 
 
-def target_pattern(config: LoraConfig) -> str:
-    """Full-match pattern of adapted module names: the language model's targets, and the vision blocks' linears."""
-    names = "|".join(re.escape(name) for name in config.target_modules)
-    pattern = rf".*language_model\.layers\.\d+\..*\b({names})"
+def target_pattern(config: LoraConfig, family: Family) -> str:
+    """Full-match pattern of adapted module names: the language model's targets and, with `train_vision`, the vision
+    tower's (`vision_modules`, by default all linear layers of its blocks)."""
+    pattern = _modules(family.language_path, [family.lora_names.get(name, name) for name in config.target_modules])
     if config.train_vision:
-        pattern = rf"({pattern}|.*visual\.blocks\.\d+\..*\b({VISION_LINEARS}))"
+        vision = _modules(family.vision_path, config.vision_modules or family.vision_linears)
+        pattern = f"({pattern}|{vision})"
     return pattern
+
+
+def _modules(path: str, names: Sequence[str]) -> str:
+    return rf".*{path}\..*\b({'|'.join(re.escape(name) for name in names)})"
 
 
 def merge_and_save(model: Any, backbone: Backbone, path: str | Path, adapter: str | Path | None = None) -> None:

@@ -9,7 +9,8 @@ Shapes: P patches of a picture, C colour channels, T frames per patch (a still p
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -32,9 +33,11 @@ MAX_DECODE_THREADS = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """One picture, ready for a vision tower: 8-bit `patches` (P, C, p*p), block-major; `grid` = (rows, columns).
+    """One picture, ready for a vision tower.
 
-    `key` identifies the content; two pictures with one key are one picture.
+    Qwen2-VL's relatives: 8-bit `patches` (P, C, p*p), block-major, and `grid` = (rows, columns) of patches. Families
+    that cut pictures into tiles: float32 `patches` (tiles, C, height, width), and a `grid` that their token layout
+    follows from. `key` identifies the content; two pictures with one key are one picture.
     """
 
     key: bytes
@@ -42,49 +45,18 @@ class Picture:
     patches: np.ndarray
 
 
-class PixelPipeline:
-    """What a checkpoint's image processor does to a picture, as data: sizes, resampling, normalisation."""
+class PicturePipeline(ABC):
+    """Encoded pictures as what a vision tower takes: cached by content, decoded in a thread pool."""
 
-    def __init__(self, processor: object, budget: PixelBudget = CHECKPOINT_BUDGET) -> None:
-        """`processor` is a Qwen2-VL image processor; `budget` overrides its pixel limits where it has values.
-
-        Raises:
-            ModelError: the processor lacks a patch or merge size, or the budget's minimum exceeds its maximum.
-        """
-        for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "size"):
-            if getattr(processor, name, None) is None:
-                raise ModelError(
-                    f"image processor {type(processor).__name__} has no `{name}`: not of the Qwen2-VL family"
-                )
-        self.patch: int = processor.patch_size  # type: ignore[attr-defined]
-        self.merge: int = processor.merge_size  # type: ignore[attr-defined]
-        self.frames: int = processor.temporal_patch_size  # type: ignore[attr-defined]
-        self.resample = Image.Resampling(int(getattr(processor, "resample", None) or Image.Resampling.BICUBIC))
-        size = processor.size  # type: ignore[attr-defined]
-        self.min_pixels = int(budget.min_pixels or _edge(size, "shortest_edge", "min_pixels"))
-        self.max_pixels = int(budget.max_pixels or _edge(size, "longest_edge", "max_pixels"))
-        if self.min_pixels > self.max_pixels:
-            raise ModelError(
-                f"pixels: min_pixels {self.min_pixels} exceeds max_pixels {self.max_pixels}; raise the latter"
-            )
-        self._scale, self._shift = _normalisation(processor)
+    def __init__(self) -> None:
         self._cache: ByteCache[bytes, Picture] = ByteCache(PATCH_CACHE_BYTES)
         self._pool: ThreadPoolExecutor | None = None
-
-    @property
-    def budget(self) -> tuple[int, int]:
-        """(min_pixels, max_pixels) in effect."""
-        return self.min_pixels, self.max_pixels
-
-    def num_tokens(self, grid: tuple[int, int]) -> int:
-        """Image tokens of a picture after the vision tower merges its patches."""
-        return grid[0] * grid[1] // self.merge**2
 
     def picture(self, data: bytes, key: bytes | None = None) -> Picture:
         """One picture, from the cache if it was met before.
 
         Raises:
-            RejectedRow: the bytes do not decode, or the picture is over 200 times longer than wide.
+            RejectedRow: the bytes do not decode, or the picture's shape cannot be taken.
         """
         key = image_id(data) if key is None else key
         found = self._cache.get(key)
@@ -102,17 +74,76 @@ class PixelPipeline:
         return list(self._pool.map(self._try, sources))
 
     def normalise(self, pictures: Sequence[Picture], device: torch.device) -> Tensor:
-        """`pixel_values` (sum of P, C*T*p*p) float32 as the image processor would give them."""
-        flat = torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).to(device)
-        scale, shift = self._scale.to(device), self._shift.to(device)
-        values = flat.float() * scale - shift  # (N, C, p*p)
-        return values.unsqueeze(2).expand(-1, -1, self.frames, -1).reshape(len(flat), -1)
+        """`pixel_values` float32 as the image processor would give them for all pictures together."""
+        return torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).to(device)
 
     def _try(self, source: tuple[bytes, bytes | None]) -> Picture | RejectedRow:
         try:
             return self.picture(*source)
         except RejectedRow as reason:
             return reason
+
+    @abstractmethod
+    def _cut(self, key: bytes, image: Image.Image) -> Picture:
+        """A decoded picture as the vision tower takes it."""
+
+
+class TilePipeline(PicturePipeline):
+    """The checkpoint's own image processor, picture by picture, for families whose pictures are tiles of one size."""
+
+    def __init__(self, process: Callable[[Image.Image], tuple[np.ndarray, tuple[int, int]]]) -> None:
+        """`process` makes (tiles, C, height, width) float32 and the grid of a decoded picture."""
+        super().__init__()
+        self._process = process
+
+    def _cut(self, key: bytes, image: Image.Image) -> Picture:
+        tiles, grid = self._process(image)
+        return Picture(key, grid, np.ascontiguousarray(tiles, dtype=np.float32))
+
+
+class PixelPipeline(PicturePipeline):
+    """What a checkpoint's image processor does to a picture, as data: sizes, resampling, normalisation."""
+
+    def __init__(self, processor: object, budget: PixelBudget = CHECKPOINT_BUDGET) -> None:
+        """`processor` is a Qwen2-VL image processor; `budget` overrides its pixel limits where it has values.
+
+        Raises:
+            ModelError: the processor lacks a patch or merge size, or the budget's minimum exceeds its maximum.
+        """
+        super().__init__()
+        for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std", "size"):
+            if getattr(processor, name, None) is None:
+                raise ModelError(
+                    f"image processor {type(processor).__name__} has no `{name}`: not of the Qwen2-VL family"
+                )
+        self.patch: int = processor.patch_size  # type: ignore[attr-defined]
+        self.merge: int = processor.merge_size  # type: ignore[attr-defined]
+        self.frames: int = processor.temporal_patch_size  # type: ignore[attr-defined]
+        self.resample = Image.Resampling(int(getattr(processor, "resample", None) or Image.Resampling.BICUBIC))
+        size = processor.size  # type: ignore[attr-defined]
+        self.min_pixels = int(budget.min_pixels or _edge(size, "shortest_edge", "min_pixels"))
+        self.max_pixels = int(budget.max_pixels or _edge(size, "longest_edge", "max_pixels"))
+        if self.min_pixels > self.max_pixels:
+            raise ModelError(
+                f"pixels: min_pixels {self.min_pixels} exceeds max_pixels {self.max_pixels}; raise the latter"
+            )
+        self._scale, self._shift = _normalisation(processor)
+
+    @property
+    def budget(self) -> tuple[int, int]:
+        """(min_pixels, max_pixels) in effect."""
+        return self.min_pixels, self.max_pixels
+
+    def num_tokens(self, grid: tuple[int, int]) -> int:
+        """Image tokens of a picture after the vision tower merges its patches."""
+        return grid[0] * grid[1] // self.merge**2
+
+    def normalise(self, pictures: Sequence[Picture], device: torch.device) -> Tensor:
+        """`pixel_values` (sum of P, C*T*p*p) float32 as the image processor would give them."""
+        flat = torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).to(device)
+        scale, shift = self._scale.to(device), self._shift.to(device)
+        values = flat.float() * scale - shift  # (N, C, p*p)
+        return values.unsqueeze(2).expand(-1, -1, self.frames, -1).reshape(len(flat), -1)
 
     def _cut(self, key: bytes, image: Image.Image) -> Picture:
         try:

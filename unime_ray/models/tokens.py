@@ -7,11 +7,12 @@ Text of users never becomes a special token: `<|im_end|>` in a caption stays ord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from unime_ray.errors import ModelError, RejectedRow
 from unime_ray.models.pixels import Picture
@@ -20,11 +21,15 @@ from unime_ray.prompts import IMAGE_MARKER, NO, YES
 MAX_CACHED_TEXTS = 50_000
 MAX_CACHED_CHARS = 1000
 CONTENT_SENTINEL = "@@content@@"
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """T tokens: `ids` (T,) int64, `positions` (3, T) int64 from 0, `span` positions taken, `pictures` in order."""
+    """T tokens: `ids` (T,) int64, `positions` (3, T) int64 from 0, `span` positions taken, `pictures` in order.
+
+    Families without M-RoPE count alike on all three axes and read the first.
+    """
 
     ids: np.ndarray
     positions: np.ndarray
@@ -51,19 +56,26 @@ def join(segments: Sequence[Segment]) -> Segment:
 class PromptTokenizer:
     """A checkpoint's tokenizer, seen as a maker of segments."""
 
-    def __init__(self, tokenizer: Any, image_token_id: int, vision_ids: tuple[int, int], merge: int, name: str) -> None:
-        """`vision_ids` open and close a picture; `merge` is the vision tower's spatial merge size.
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_token_id: int,
+        layout: Callable[[PromptTokenizer, Grid], Segment],
+        name: str,
+        needed: Sequence[int | None] = (),
+    ) -> None:
+        """`layout` makes the tokens of a picture of some grid; `needed` are special tokens that the tokenizer has.
 
         Raises:
-            ModelError: the tokenizer does not know the image token.
+            ModelError: the tokenizer does not know the image token, or another that pictures need.
         """
-        self.tokenizer, self.name, self.merge = tokenizer, name, merge
-        self.image_token_id, self.vision_ids = image_token_id, vision_ids
-        size = len(tokenizer)
-        if any(token is None or not 0 <= token < size for token in (image_token_id, *vision_ids)):
+        self.tokenizer, self.name, self.image_token_id = tokenizer, name, image_token_id
+        if not set(needed) <= set(tokenizer.added_tokens_decoder):
+            size = len(tokenizer)
             raise ModelError(f"model {name}: its tokenizer ({size} tokens) has no image token; it cannot take pictures")
+        self._layout = layout
         self._texts: dict[tuple[str, bool], Segment] = {}
-        self._grids: dict[tuple[int, int], Segment] = {}
+        self._grids: dict[Grid, Segment] = {}
 
     def encode_text(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text; special tokens written in it count as such only if `special`."""
@@ -82,10 +94,10 @@ class PromptTokenizer:
         return found
 
     def picture(self, picture: Picture) -> Segment:
-        """vision_start, one image token per merged patch, vision_end, with the three-axis positions of M-RoPE."""
+        """The tokens that stand for a picture, its features to be put on those of `image_token_id`."""
         layout = self._grids.get(picture.grid)
         if layout is None:
-            layout = self._grids.setdefault(picture.grid, self._layout(picture.grid))
+            layout = self._grids.setdefault(picture.grid, self._layout(self, picture.grid))
         return Segment(layout.ids, layout.positions, layout.span, (picture,))
 
     def rendered(self, text: str, pictures: Sequence[Picture]) -> Segment:
@@ -120,15 +132,27 @@ class PromptTokenizer:
             raise ModelError(
                 f"model {self.name} has no chat template: a judge or reranker needs one (chat_template.jinja)"
             )
-        turns = [{"role": "system", "content": system}] if system is not None else []
-        turns.append({"role": "user", "content": CONTENT_SENTINEL})
-        whole = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        before, found, after = whole.partition(CONTENT_SENTINEL)
-        if not found:
+        for as_parts in (False, True):  # some templates take a string, some a list of parts, some either
+            before, found, after = self._fill_template(system, as_parts).partition(CONTENT_SENTINEL)
+            if found:
+                break
+        else:
             raise ModelError(f"model {self.name}: its chat template drops the user's text")
         if system is not None and system not in before:
             raise ModelError(f"model {self.name}: its chat template drops the system turn that the prompt needs")
         return before, after
+
+    def _fill_template(self, system: str | None, as_parts: bool) -> str:
+        """The template around the sentinel; empty if it does not take what it is given."""
+        turns = [("system", system)] if system is not None else []
+        written = [
+            {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
+            for role, text in [*turns, ("user", CONTENT_SENTINEL)]
+        ]
+        try:
+            return self.tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError):
+            return ""
 
     def answer_ids(self, answers: Sequence[str] = (YES, NO)) -> list[int]:
         """The single token of each answer.
@@ -143,17 +167,6 @@ class PromptTokenizer:
                 raise ModelError(f"model {self.name}: {answer!r} is not a single token, but {len(tokens)}")
             found.append(tokens[0])
         return found
-
-    def _layout(self, grid: tuple[int, int]) -> Segment:
-        rows, columns = grid[0] // self.merge, grid[1] // self.merge
-        start, end = self.vision_ids
-        ids = np.array([start, *[self.image_token_id] * (rows * columns), end], dtype=np.int64)
-        positions = np.ones((3, len(ids)), dtype=np.int64)
-        positions[:, 0] = 0
-        positions[1, 1:-1] += np.repeat(np.arange(rows), columns)
-        positions[2, 1:-1] += np.tile(np.arange(columns), rows)
-        positions[:, -1] = 1 + max(rows, columns)
-        return Segment(ids, positions, 2 + max(rows, columns))
 
 
 def text_segment(ids: np.ndarray) -> Segment:

@@ -25,7 +25,7 @@ class Checkpoint:
     path: str
     revision: str
     dim: int
-    """Width of its hidden states, and so of its vectors."""
+    """Width of its vectors."""
     hub_revision: str | None
     dtype: str
     pixels: PixelBudget
@@ -95,13 +95,12 @@ def _check(key: str, name: str, valid: list[str]) -> None:
 def _checkpoint(
     name: str, model: str, hub_revision: str | None, dtype: str, pixels: PixelBudget, batch_tokens: int
 ) -> Checkpoint:
-    from transformers import AutoConfig
-
+    from unime_ray.models.loading import embedding_dim
     from unime_ray.models.names import model_revision, resolve_model
 
     path = resolve_model(model)
     revision = model_revision(path, hub_revision)
-    dim = AutoConfig.from_pretrained(path, revision=hub_revision).get_text_config().hidden_size
+    dim = embedding_dim(model, hub_revision)
     return Checkpoint(name, path, revision, dim, hub_revision, dtype, pixels, batch_tokens)
 
 

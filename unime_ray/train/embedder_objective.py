@@ -99,7 +99,7 @@ class EmbedderObjective:
         since `gather_rows` adds up what all ranks send back, whether they have one part or several.
         """
         alone = len(batch.micro_batches) == 1
-        if any(weight.requires_grad for weight in self.backbone.model.model.visual.parameters()):
+        if self.backbone.trains_vision:
             self.backbone.forget_features()  # without gradients they would come from the cache, of older weights
         embedded = []
         for number, micro in enumerate(batch.micro_batches):
