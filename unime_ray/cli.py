@@ -15,7 +15,7 @@ from rich.table import Table
 
 from unime_ray import __version__
 from unime_ray.artifacts import Manifest, Run
-from unime_ray.config import RunConfig, load_config, nearest, preset_names
+from unime_ray.config import RunConfig, load_config, nearest, preset_names, preset_summary
 from unime_ray.errors import ConfigError, UnimeError
 
 app = typer.Typer(
@@ -259,8 +259,12 @@ def export_negatives(
 
 @app.command()
 def presets() -> None:
-    """List the configs that ship in the package."""
-    console.print("\n".join(item for item in preset_names() if item != "template"))
+    """List the configs that ship in the package: run one with --config NAME, or start a file with `extends: NAME`."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name in preset_names():
+        if name != "template":
+            table.add_row(name, preset_summary(name))
+    console.print(table)
 
 
 @app.command()

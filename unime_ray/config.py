@@ -4,7 +4,8 @@
     corpus / embed / retrieve / judges / select / embedders / rerankers / evaluate / serve
 
 `judges`, `embedders` and `rerankers` are named, since one run may compare several; most runs have one of each.
-A preset is a config that ships in the package (`demo`); `--set a.b=v` overrides any value.
+A preset is a config that ships in the package (`demo`). `extends: NAME` at the top of a file starts from a preset, or
+from another file, and the file's own values are laid over it; `--set a.b=v` overrides any value.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from unime_ray.config_train import LoraConfig as LoraConfig
 from unime_ray.config_vllm import VllmConfig
 from unime_ray.errors import ConfigError
 from unime_ray.sections import Count, PixelBudget, Positive, Resources, Section
+
+NAMED_SECTIONS = ("judges", "embedders", "rerankers")
 
 
 class EmbedConfig(Section):
@@ -128,8 +131,8 @@ def load_config(source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Read a config by preset name or file path and apply `key.path=value` overrides (values are YAML).
 
     Raises:
-        ConfigError: no such preset or file, invalid YAML, an unknown key (the nearest valid one is named), a value
-            of the wrong type, or an override that is no `key=value`.
+        ConfigError: no such preset or file, invalid YAML, an `extends` that leads nowhere or in a circle, an unknown
+            key (the nearest valid one is named), a value of the wrong type, or an override that is no `key=value`.
     """
     data = _read(source)
     for override in overrides:
@@ -140,7 +143,45 @@ def load_config(source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
         raise ConfigError(f"{source}: {_explain(error)}") from error
 
 
-def _read(source: str) -> dict[str, Any]:
+def preset_summary(name: str) -> str:
+    """What a preset says of itself in its first line."""
+    text = (resources.files("unime_ray") / "presets" / f"{name}.yaml").read_text()
+    return text.splitlines()[0].removeprefix("#").strip()
+
+
+def _read(source: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A config's values, laid over those of the config it extends. `below`: the configs that led here."""
+    if source in below:
+        raise ConfigError(f"{below[0]}: `extends` goes round in a circle: {' -> '.join([*below, source])}")
+    data = _parse(source)
+    parent = data.pop("extends", None)
+    if parent is None:
+        return data
+    if not isinstance(parent, str):
+        raise ConfigError(f"{source}: extends: give the name of one preset, or the path of one config file")
+    if parent not in preset_names():
+        path = Path(source).parent / Path(parent).expanduser()
+        if not path.is_file():
+            hint = nearest(parent, preset_names())
+            raise ConfigError(f"{source}: extends: no config file and no preset named {parent!r}{hint}")
+        parent = str(path)
+    return _laid_over(_read(parent, (*below, source)), data)
+
+
+def _laid_over(base: Any, data: dict[str, Any], key: str = "") -> dict[str, Any]:
+    """`data` over `base`: mappings merge, all else replaces; null takes a named judge, embedder or reranker out."""
+    merged = dict(base) if isinstance(base, dict) else {}
+    for name, value in data.items():
+        if value is None and key in NAMED_SECTIONS:
+            merged.pop(name, None)
+        elif isinstance(value, dict):
+            merged[name] = _laid_over(merged.get(name), value, name)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _parse(source: str) -> dict[str, Any]:
     if source in preset_names():
         text = (resources.files("unime_ray") / "presets" / f"{source}.yaml").read_text()
     else:

@@ -82,3 +82,39 @@ def test_nearest_lists_all_when_nothing_is_near():
 def test_default_judge_is_the_first():
     config = load_config("demo")
     assert config.judge_of(config.embedders["infonce"]) == "tiny"
+
+
+def test_a_config_is_laid_over_the_one_it_extends(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "extends: unime-v2-qwen2vl-2b-paper\nembedders: {unime_v2: {steps: 7, pixels: {min_pixels: null}}}\n"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        "extends: base.yaml\nrun: r\n"
+        "corpus: {sources: [{format: jsonl, path: a.jsonl}]}\n"
+        "embedders: {unime_v2: {lora: {rank: 4}}, other: {loss: infonce}}\n"
+        "judges: {judge: {dtype: float32}}\n"
+    )
+    config = load_config(str(tmp_path / "mine.yaml"), ("embedders.unime_v2.steps=9",))
+    trained = config.embedders["unime_v2"]
+    assert (trained.steps, trained.lora.rank, trained.lora.alpha, trained.batch_queries) == (9, 4, 64, 1024)
+    assert (trained.pixels.min_pixels, trained.pixels.max_pixels) == (None, 336**2)
+    assert (config.run, len(config.corpus.sources), list(config.embedders)) == ("r", 1, ["unime_v2", "other"])
+    assert config.judges["judge"].model == "Qwen/Qwen2.5-VL-7B-Instruct"
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\nembedders: {unime_v2: null}\n")
+    assert not load_config(str(tmp_path / "mine.yaml")).embedders
+
+
+@pytest.mark.parametrize(
+    ("parent", "message"),
+    [
+        ("unime-v2-qwen2vl-2b", "did you mean 'unime-v2-qwen2vl-2b-"),
+        ("[demo]", "extends: give the name of one preset"),
+        ("c.yaml", "`extends` goes round in a circle"),
+    ],
+)
+def test_a_bad_extends_is_told_in_one_line(tmp_path, parent, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"extends: {parent}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(str(path))
+    assert message in str(error.value) and "\n" not in str(error.value)

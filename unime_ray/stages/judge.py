@@ -161,12 +161,22 @@ def _build(
     counts = _check_errors(artifact, settings.max_error_rate, rows)
     return StageResult(
         rows=rows,
-        counts={"queries": queries.num_rows, **counts},
+        counts={"queries": queries.num_rows, **counts, **(_prefix(settings) if load is load_scorer else {})},
         model=settings.model if settings.engine != "oracle" else f"oracle {settings.noise_auc:g}",
         revision=revision,
         prompt_hash=prompt_hash,
         resumed_rows=before,
     )
+
+
+def _prefix(settings: JudgeConfig) -> dict[str, str]:
+    """For the manifest: whether a query's part of the prompts was computed once for all its candidates."""
+    if settings.engine != "transformers":
+        return {}
+    from unime_ray.models.loading import shares_prefix
+
+    shared = settings.share_prefix and shares_prefix(settings.model, settings.revision)
+    return {"prefix": "shared" if shared else "pair by pair"}
 
 
 def _work(candidates: Artifact) -> tuple[pa.Table, int]:
