@@ -47,6 +47,9 @@ class EmbedConfig(Section):
     half: bool = False
     """Store vectors as float16."""
     vllm: VllmConfig = VllmConfig()
+    dimensions: Count | None = None
+    """Keep the first so many numbers of each vector, normalised again, of base and trained embedders alike: for
+    checkpoints that were trained for it (Matryoshka). None: all."""
     resources: Resources = Resources()
 
 

@@ -103,8 +103,11 @@ def check_vllm(config: RunConfig) -> None:
 
 def check_models(config: RunConfig) -> None:
     """Raise ModelError unless every checkpoint can be loaded in its role; reads configs and tokenizers only."""
-    from unime_ray.models.loading import check_model
+    from unime_ray.models.embedder import check_dimensions
+    from unime_ray.models.loading import check_model, embedding_dim
 
+    embed = config.embed
+    check_dimensions(embed.dimensions, embedding_dim(embed.model, embed.revision), embed.model)
     roles: dict[tuple[str, str | None], bool] = {(config.embed.model, config.embed.revision): False}
     for judge in config.judges.values():
         if judge.engine not in ("oracle", "openai"):

@@ -195,6 +195,15 @@ def test_qwen3_vl_embedding_reads_its_published_prompt(tmp_path: Path) -> None:
     assert "<|im_end|>" in shown(make_item("sneaky <|im_end|>")).split("user\n")[1].split(answer)[0]
 
 
+def test_the_first_dimensions_of_a_vector_are_a_vector(tmp_path: Path) -> None:
+    folder, items = str(save_family(tmp_path, "qwen3_vl_embedding")), mixed_items()
+    backbone = Backbone.load(folder, device="cpu")
+    short, whole = Embedder(backbone, dimensions=16).embed(items), Embedder(backbone).embed(items)[:, :16]
+    np.testing.assert_allclose(short, whole / np.linalg.norm(whole, axis=1, keepdims=True), atol=1e-6)
+    with pytest.raises(ModelError, match=r"embed\.dimensions 65: the vectors of .* have 64 numbers"):
+        check_models(RunConfig.model_validate({"embed": {"model": folder, "dimensions": 65}}))
+
+
 @pytest.mark.parametrize("family", ["clip", "siglip", "qwen3_vl_embedding"])
 def test_what_only_embeds_is_refused_as_judge_before_anything_starts(tmp_path: Path, family: str) -> None:
     folder = str(save_family(tmp_path, family))

@@ -27,6 +27,8 @@ class Checkpoint:
     dtype: str
     pixels: PixelBudget
     batch_tokens: int
+    dimensions: int | None = None
+    """Numbers of a vector that are kept (None: all)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def _is_partner(config: RunConfig, embedder: str, judge: str) -> bool:
 
 def _base(config: RunConfig) -> Arm:
     embed = config.embed
-    checkpoint = Checkpoint(embed.model, embed.revision, embed.dtype, embed.pixels, config.evaluate.batch_tokens)
+    checkpoint = Checkpoint(
+        embed.model, embed.revision, embed.dtype, embed.pixels, config.evaluate.batch_tokens, embed.dimensions
+    )
     return Arm(BASE, RETRIEVE, BASE, None, None, None, checkpoint, None)
 
 
@@ -91,7 +95,8 @@ def _trained(config: RunConfig, section: TrainConfig, trained: Artifact) -> Chec
     manifest = trained.manifest()
     stored = manifest.config.get("pixels") if manifest is not None else None
     pixels = PixelBudget.model_validate(stored) if stored is not None else section.pixels
-    return Checkpoint(trained.child("model"), None, config.embed.dtype, pixels, config.evaluate.batch_tokens)
+    embed, batch_tokens = config.embed, config.evaluate.batch_tokens
+    return Checkpoint(trained.child("model"), None, embed.dtype, pixels, batch_tokens, embed.dimensions)
 
 
 def base_revision(config: RunConfig) -> str:

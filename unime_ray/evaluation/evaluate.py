@@ -86,6 +86,7 @@ class Evaluation:
         settings = _settings(self.config) | {
             "dtype": arm.checkpoint.dtype,
             "pixels": arm.checkpoint.pixels.model_dump(),
+            "dimensions": arm.checkpoint.dimensions,
         }
         if arm.stage != RETRIEVE:
             inputs.append(_artifact(self.run, arm.embedder))

@@ -43,7 +43,9 @@ def load_model(kind: str, checkpoint: Checkpoint) -> Any:
 
     folder = local_folder(checkpoint.model)
     backbone = Backbone.load(folder, revision=checkpoint.revision, dtype=checkpoint.dtype, pixels=checkpoint.pixels)
-    return (Embedder if kind == "embedder" else Reranker)(backbone, checkpoint.batch_tokens)
+    if kind == "embedder":
+        return Embedder(backbone, checkpoint.batch_tokens, checkpoint.dimensions)
+    return Reranker(backbone, checkpoint.batch_tokens)
 
 
 class Worker:

@@ -28,8 +28,16 @@ def embed_batch(backbone: Backbone, batch: Batch) -> Tensor:
 class Embedder:
     """Embeds items in batches of similar length, each of at most `batch_tokens` padded tokens."""
 
-    def __init__(self, backbone: Backbone, batch_tokens: int = DEFAULT_BATCH_TOKENS) -> None:
+    def __init__(
+        self, backbone: Backbone, batch_tokens: int = DEFAULT_BATCH_TOKENS, dimensions: int | None = None
+    ) -> None:
+        """`dimensions`: keep the first so many numbers of each vector, normalised again (Matryoshka).
+
+        Raises:
+            ModelError: the vectors have fewer.
+        """
         self.backbone, self.batch_tokens = backbone, backbone.batch_budget(batch_tokens)
+        self.dimensions = check_dimensions(dimensions, backbone.hidden_size, backbone.tokens.name)
 
     def embed(self, items: Sequence[Item]) -> np.ndarray:
         """Vectors (N, D) float32 of unit norm, in the order of `items`.
@@ -47,13 +55,25 @@ class Embedder:
         """Vectors (N, D) and each item's error or None; an item with an error has a zero vector."""
         segments = self.backbone.segments(items)
         errors = [segment.reason if isinstance(segment, RejectedRow) else None for segment in segments]
-        vectors = np.zeros((len(items), self.backbone.hidden_size), dtype=np.float32)
+        vectors = np.zeros((len(items), self.dimensions), dtype=np.float32)
         usable = {index: segment for index, segment in enumerate(segments) if isinstance(segment, Segment)}
         for rows in token_budget_batches({index: len(s) for index, s in usable.items()}, self.batch_tokens):
             with torch.no_grad():
                 batch = self.backbone.collate([usable[row] for row in rows])
-                vectors[rows] = embed_batch(self.backbone, batch).cpu().numpy()
+                whole = embed_batch(self.backbone, batch)
+                vectors[rows] = functional.normalize(whole[:, : self.dimensions], dim=-1).cpu().numpy()
         return vectors, errors
+
+
+def check_dimensions(wanted: int | None, width: int, model: str) -> int:
+    """Width of the vectors that `wanted` leaves of `width`.
+
+    Raises:
+        ModelError: there are fewer.
+    """
+    if wanted is not None and wanted > width:
+        raise ModelError(f"embed.dimensions {wanted}: the vectors of {model} have {width} numbers; name fewer")
+    return width if wanted is None else wanted
 
 
 def token_budget_batches(lengths: dict[int, int], budget: int) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -55,7 +55,10 @@ def resolve_bundle(run: Run, config: RunConfig, serve: ServeConfig) -> Bundle:
     """
     for table in ("images", "items", "pools"):
         run.artifact(table).require()
-    return Bundle(run, _embedder(run, config, serve), _reranker(run, config, serve), serve)
+    embedder = _embedder(run, config, serve)
+    if config.embed.dimensions is not None:
+        embedder = replace(embedder, dim=config.embed.dimensions)
+    return Bundle(run, embedder, _reranker(run, config, serve), serve)
 
 
 def _embedder(run: Run, config: RunConfig, serve: ServeConfig) -> Checkpoint:

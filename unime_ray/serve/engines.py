@@ -22,7 +22,7 @@ class EncoderEngine:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.backbone = load(checkpoint)
-        self.embedder = Embedder(self.backbone, checkpoint.batch_tokens)
+        self.embedder = Embedder(self.backbone, checkpoint.batch_tokens, checkpoint.dim)
 
     def embed_groups(self, groups: Sequence[Sequence[Item]]) -> list[Encoded]:
         """One answer per request; equal items of several requests are computed once."""

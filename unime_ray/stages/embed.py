@@ -67,7 +67,7 @@ def load_embedder(config: EmbedConfig) -> ItemEmbedder:
     from unime_ray.models.embedder import Embedder
 
     backbone = Backbone.load(config.model, revision=config.revision, dtype=config.dtype, pixels=config.pixels)
-    return Embedder(backbone, config.batch_tokens)
+    return Embedder(backbone, config.batch_tokens, config.dimensions)
 
 
 def run_embed(
@@ -104,7 +104,7 @@ def run_embed(
         artifact,
         stage="embed",
         code_version=CODE_VERSION,
-        config=settings.model_dump(mode="json", include={"model", "engine", "dtype", "pixels", "half"}),
+        config=settings.model_dump(mode="json", include={"model", "engine", "dtype", "pixels", "half", "dimensions"}),
         inputs=inputs,
         extra_inputs=extra,
         build=build,
