@@ -87,8 +87,10 @@ def check_truth(config: RunConfig) -> None:
 
 
 def check_vllm(config: RunConfig) -> None:
-    """Raise if vLLM is asked for and not installed, or a model is split over more GPUs than its actor gets."""
-    from unime_ray.models.vllm_engine import has_vllm, missing_vllm
+    """Raise if vLLM is asked for and not installed, a model is split over more GPUs than its actor gets, or is of a
+    family that vLLM does not run here."""
+    from unime_ray.models.loading import read_family
+    from unime_ray.models.vllm_engine import has_vllm, missing_vllm, vllm_family
 
     sections = {"embed": config.embed} | {f"judges.{name}": judge for name, judge in config.judges.items()}
     for key, section in sections.items():
@@ -99,6 +101,7 @@ def check_vllm(config: RunConfig) -> None:
         gpus, split = section.resources.num_gpus, section.vllm.tensor_parallel_size
         if split > max(gpus, 1):
             raise ConfigError(f"{key}.vllm.tensor_parallel_size is {split}: set {key}.resources.num_gpus to as many")
+        vllm_family(read_family(section.model, section.revision), section.model)
 
 
 def check_models(config: RunConfig) -> None:

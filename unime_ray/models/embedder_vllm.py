@@ -9,6 +9,7 @@ import numpy as np
 from unime_ray.config import EmbedConfig
 from unime_ray.config_vllm import VllmConfig
 from unime_ray.errors import ModelError, RejectedRow
+from unime_ray.models.embedder import check_dimensions
 from unime_ray.models.items import Item
 from unime_ray.models.pixels import Picture
 from unime_ray.models.tokens import Segment
@@ -18,11 +19,18 @@ from unime_ray.models.vllm_engine import EngineStats, Frontend, VllmEngine
 class VllmEmbedder:
     """The vLLM engine beside `embedder.Embedder`, with the same methods."""
 
-    def __init__(self, frontend: Frontend, settings: VllmConfig | None = None, *, dtype: str = "float32") -> None:
-        """Start the engine.
+    def __init__(
+        self,
+        frontend: Frontend,
+        settings: VllmConfig | None = None,
+        *,
+        dtype: str = "float32",
+        dimensions: int | None = None,
+    ) -> None:
+        """Start the engine. `dimensions`: numbers of a vector to keep (Matryoshka).
 
         Raises:
-            ModelError: vLLM is not installed or refuses the checkpoint.
+            ModelError: vLLM is not installed or refuses the checkpoint, or its vectors have fewer dimensions.
         """
         self.frontend = frontend
         self.engine = VllmEngine(
@@ -33,7 +41,7 @@ class VllmEmbedder:
             convert="embed",
             pooler_config={"seq_pooling_type": "LAST", "use_activation": False},
         )
-        self._hidden_size: int = self.engine.hidden_size
+        self.dimensions = check_dimensions(dimensions, self.engine.hidden_size, frontend.path)
 
     @classmethod
     def load(cls, config: EmbedConfig) -> VllmEmbedder:
@@ -43,7 +51,7 @@ class VllmEmbedder:
             ModelError: as the constructor.
         """
         frontend = Frontend.load(config.model, config.revision, config.pixels)
-        return cls(frontend, config.vllm, dtype=config.dtype)
+        return cls(frontend, config.vllm, dtype=config.dtype, dimensions=config.dimensions)
 
     @property
     def stats(self) -> EngineStats:
@@ -73,9 +81,9 @@ class VllmEmbedder:
         made = [self._segment(item, picture) for item, picture in zip(items, pictures, strict=True)]
         rows = [row for row, segment in enumerate(made) if isinstance(segment, Segment)]
         outputs = self.engine.run([segment for segment in made if isinstance(segment, Segment)], self._params())
-        vectors = np.zeros((len(items), self._hidden_size), dtype=np.float32)
+        vectors = np.zeros((len(items), self.dimensions), dtype=np.float32)
         for row, output in zip(rows, outputs, strict=True):
-            vector = output.outputs.data.float().numpy()
+            vector = output.outputs.data.float().numpy()[: self.dimensions]
             vectors[row] = vector / max(float(np.linalg.norm(vector)), 1e-12)
         return vectors, [segment.reason if isinstance(segment, RejectedRow) else None for segment in made]
 
@@ -83,7 +91,7 @@ class VllmEmbedder:
         if isinstance(picture, RejectedRow):
             return picture
         try:
-            segment = self.frontend.tokens.rendered(item.rendered, [] if picture is None else [picture])
+            segment = self.frontend.family.segment(self.frontend.tokens, item, [] if picture is None else [picture])
         except RejectedRow as reason:
             return reason
         limit = self.engine.max_tokens

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from unime_ray.config import JudgeConfig
 from unime_ray.config_vllm import VllmConfig
 from unime_ray.errors import ModelError, RejectedRow
+from unime_ray.models.families import check_judge
 from unime_ray.models.items import Item
 from unime_ray.models.judge import Group, Verdict
 from unime_ray.models.pixels import Picture
@@ -53,6 +54,7 @@ class VllmJudge:
             ModelError: vLLM is not installed or refuses the checkpoint; no chat template; Yes or No is not one token.
         """
         settings = settings or VllmConfig()
+        check_judge(frontend.family, frontend.path)
         self.prompts = PromptIds(frontend.tokens, prompt_order, prompt)
         self.frontend, self.repetition_penalty = frontend, repetition_penalty
         self.head = _head(settings)

@@ -23,8 +23,9 @@ import torch
 from unime_ray.config import PixelBudget
 from unime_ray.config_vllm import VllmConfig
 from unime_ray.errors import EngineDied, ModelError, RejectedRow
-from unime_ray.models.backbone import read_processor, read_tokens
+from unime_ray.models.families import Family, QwenVL
 from unime_ray.models.items import Item
+from unime_ray.models.loading import read_processor, read_tokens
 from unime_ray.models.names import resolve_model
 from unime_ray.models.pixels import CHECKPOINT_BUDGET, Picture, PixelPipeline
 from unime_ray.models.tokens import PromptTokenizer, Segment
@@ -55,9 +56,9 @@ class Frontend:
     """The part of a checkpoint that prepares inputs: tokenizer, image processor and sizes; no weights."""
 
     def __init__(
-        self, tokens: PromptTokenizer, pixels: PixelPipeline, max_tokens: int, path: str, revision: str | None = None
+        self, family: QwenVL, tokens: PromptTokenizer, pixels: PixelPipeline, path: str, revision: str | None = None
     ) -> None:
-        self.tokens, self.pixels, self.max_tokens = tokens, pixels, max_tokens
+        self.family, self.tokens, self.pixels, self.max_tokens = family, tokens, pixels, family.max_tokens
         self.path, self.revision = path, revision
 
     @classmethod
@@ -65,16 +66,17 @@ class Frontend:
         """Read the front of `model` (`tiny`, a folder or a hub id).
 
         Raises:
-            ModelError: no such model, an architecture outside `FAMILIES`, a tokenizer without the image token.
+            ModelError: no such model, a family whose pictures are not handed to vLLM here, a tokenizer without the
+                image token.
         """
-        config, tokens = read_tokens(model, revision)
-        rope = config.get_text_config().rope_parameters
+        family, tokens = read_tokens(model, revision)
+        family = vllm_family(family, model)
+        config, rope = family.config, family.config.get_text_config().rope_parameters
         if config.model_type == "qwen3_vl" and not rope.get("mrope_interleaved"):
             # transformers interleaves whatever the config says; vLLM would give other scores without a word.
             raise ModelError(f"model {model}: add `mrope_interleaved: true` to rope_parameters in its config.json")
-        max_tokens = config.get_text_config().max_position_embeddings
-        pipeline = PixelPipeline(read_processor(model, revision), pixels)
-        return cls(tokens, pipeline, max_tokens, resolve_model(model), revision)
+        pipeline = family.pictures(read_processor(model, revision), pixels)
+        return cls(family, tokens, pipeline, resolve_model(model), revision)
 
     def pictures(self, items: Sequence[Item]) -> list[Picture | RejectedRow | None]:
         """Each item's picture; None if it has none, the reason if it cannot be used."""
@@ -208,6 +210,17 @@ class Requests:
             )
             self._prepared[picture.key] = found
         return found
+
+
+def vllm_family(family: Family, model: str) -> QwenVL:
+    """`family` if its pictures can be handed to vLLM ready-made.
+
+    Raises:
+        ModelError: they cannot.
+    """
+    if not isinstance(family, QwenVL):
+        raise ModelError(f"model {model}: engine vllm runs Qwen's families only, not {family.name}; use transformers")
+    return family
 
 
 def has_vllm() -> bool:

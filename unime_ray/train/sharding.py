@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unime_ray.models.backbone import Batch
+from unime_ray.models.families import family_of
 from unime_ray.train.collate import Packed, StepBatch
 
 
@@ -31,11 +32,15 @@ def shard(module: nn.Module, device: torch.device) -> nn.Module:
     Weights move to `device` layer by layer, so that the whole model need only fit into the host's memory.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    core: Any = module.model.model  # type: ignore[union-attr]
-    core.visual.to(device)
-    for layer in core.language_model.layers:
+    model: Any = module.model
+    family = family_of(model.config)
+    for part in family.vision_modules(model):
+        part.to(device)
+    for weight in family.vision_parameters(model):
+        weight.data = weight.data.to(device)  # those in no module of their own
+    for layer in family.layers(model):
         fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh, ignored_params=set(core.visual.parameters()))
+    fully_shard(module, mesh=mesh, ignored_params=set(family.vision_parameters(model)))
     return module
 
 

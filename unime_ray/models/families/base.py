@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, D hidden width, M image tokens of a picture, X = 1 + d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -114,6 +114,10 @@ class Family(ABC):
 
     def language_model(self, model: Any) -> Any:
         return model.model.language_model
+
+    def layers(self, model: Any) -> Iterable[nn.Module]:
+        """The language model's layers."""
+        return self.language_model(model).layers
 
     def vision_modules(self, model: Any) -> list[nn.Module]:
         """All that turns pixels into picture features."""

@@ -7,7 +7,7 @@ models are used everywhere. SigLIP reads its padding: its rows always have the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,9 @@ class DualEncoder(Family):
 
     def language_model(self, model: Any) -> Any:
         return model.text_model
+
+    def layers(self, model: Any) -> Iterable[nn.Module]:
+        return model.text_model.encoder.layers
 
     def vision_modules(self, model: Any) -> list[nn.Module]:
         modules = [model.vision_model, getattr(model, "visual_projection", None)]

@@ -18,7 +18,7 @@ from typing import Any
 from unime_ray.config import PixelBudget
 from unime_ray.models.families.qwen_vl import Qwen3VL
 from unime_ray.models.items import Item
-from unime_ray.models.pixels import Picture, PicturePipeline
+from unime_ray.models.pixels import Picture, PixelPipeline
 from unime_ray.models.tokens import PromptTokenizer, Segment, join
 from unime_ray.prompts import IMAGE_MARKER
 
@@ -48,7 +48,7 @@ class Qwen3VLEmbedding(Qwen3VL):
         parts += [plain(text)] if text else []
         return join([*parts, special(TURN_CLOSE + ANSWER_OPEN)])
 
-    def pictures(self, processor: Any, budget: PixelBudget) -> PicturePipeline:
+    def pictures(self, processor: Any, budget: PixelBudget) -> PixelPipeline:
         token_pixels = (self.config.vision_config.patch_size * self.merge) ** 2
         published = PixelBudget(
             min_pixels=budget.min_pixels or MIN_IMAGE_TOKENS * token_pixels,

@@ -48,7 +48,7 @@ class QwenVL(Family):
         positions[:, -1] = 1 + max(rows, columns)
         return Segment(ids, positions, 2 + max(rows, columns))
 
-    def pictures(self, processor: Any, budget: PixelBudget) -> PicturePipeline:
+    def pictures(self, processor: Any, budget: PixelBudget) -> PixelPipeline:
         return PixelPipeline(processor, budget)
 
     def attach(self, model: Any) -> None:
