@@ -27,7 +27,7 @@ def read_tokens(model: str, revision: str | None = None) -> tuple[Family, Prompt
     path, family = resolve_model(model), read_family(model, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, padding_side="left")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {model}: its tokenizer cannot be loaded ({first_line(error)})") from error
     if not tokenizer.chat_template:
         tokenizer.chat_template = _processor_template(path, revision)
@@ -65,7 +65,7 @@ def read_processor(model: str, revision: str | None = None) -> Any:
     try:
         # The PIL backend: the default one needs torchvision.
         return AutoImageProcessor.from_pretrained(resolve_model(model), revision=revision, backend="pil")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         reason = first_line(error)
         raise ModelError(f"model {model}: no image processor, so it cannot take pictures ({reason})") from error
 

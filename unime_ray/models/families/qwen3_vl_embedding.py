@@ -41,6 +41,8 @@ class Qwen3VLEmbedding(Qwen3VL):
         plain, special = tokens.text, lambda written: tokens.text(written, special=True)
         if len(pictures) != item.rendered.count(IMAGE_MARKER):
             return super().segment(tokens, item, pictures)  # raises, with the numbers
+        if not pictures and not text:  # an instruction alone is what there is to read
+            instruction, text = DEFAULT_INSTRUCTION, item.rendered
         if not pictures and not text:
             return plain("")
         parts = [special(SYSTEM_OPEN), plain(instruction), special(TURN_CLOSE + USER_OPEN)]
