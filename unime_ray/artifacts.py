@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -284,6 +285,16 @@ def remove(uri: str) -> None:
         fs.delete_dir(path)
     elif kind == pafs.FileType.File:
         fs.delete_file(path)
+
+
+def local_folder(uri: str) -> str:
+    """`uri` itself if it is a local path, else a folder of this machine that its content was copied into."""
+    if "://" not in uri:
+        return uri
+    fs, path = filesystem(uri)
+    target = tempfile.mkdtemp(prefix="unime-ray-model-")
+    pafs.copy_files(path, target, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+    return target
 
 
 def git_commit() -> str | None:

@@ -1,9 +1,9 @@
 """The configuration of a run: one YAML file, frozen pydantic models, unknown keys refused by name.
 
     run: runs/mine               a local folder or s3://bucket/prefix
-    corpus / embed / retrieve / judges / select / embedders / rerankers / evaluate / serve
+    corpus / embed / retrieve / judges / select / teachers / embedders / rerankers / evaluate / serve
 
-`judges`, `embedders` and `rerankers` are named, since one run may compare several; most runs have one of each.
+`judges`, `teachers`, `embedders` and `rerankers` are named, since one run may compare several; most have one of each.
 A preset is a config that ships in the package (`demo`). `extends: NAME` at the top of a file starts from a preset, or
 from another file, and the file's own values are laid over it; `--set a.b=v` overrides any value.
 """
@@ -24,6 +24,7 @@ from unime_ray.config_corpus import ImagePolicy as ImagePolicy
 from unime_ray.config_corpus import Source as Source
 from unime_ray.config_judge import JudgeConfig
 from unime_ray.config_serve import ServeConfig
+from unime_ray.config_teacher import TeacherConfig
 from unime_ray.config_train import EmbedderConfig, RerankerConfig, TrainConfig
 from unime_ray.config_train import LoraConfig as LoraConfig
 from unime_ray.config_vllm import VllmConfig
@@ -97,6 +98,7 @@ class RunConfig(Section):
     retrieve: RetrieveConfig = RetrieveConfig()
     judges: dict[str, JudgeConfig] = {"judge": JudgeConfig()}
     select: SelectConfig = SelectConfig()
+    teachers: dict[str, TeacherConfig] = {}
     embedders: dict[str, EmbedderConfig] = {}
     rerankers: dict[str, RerankerConfig] = {}
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -111,6 +113,38 @@ class RunConfig(Section):
                         f"{kind}.{name}.judge: no judge {section.judge!r}{nearest(section.judge, self.judges)}"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _training_order_exists(self) -> RunConfig:
+        for name, section in self.embedders.items():
+            if section.teacher is not None and section.teacher not in self.teachers:
+                hint = nearest(section.teacher, self.teachers) if self.teachers else "; add a section `teachers`"
+                raise ValueError(f"embedders.{name}.teacher: no teacher {section.teacher!r}{hint}")
+            if section.start_from is not None and section.start_from not in self.embedders:
+                hint = nearest(section.start_from, self.embedders)
+                raise ValueError(f"embedders.{name}.start_from: no embedder {section.start_from!r}{hint}")
+        self.training_order()
+        return self
+
+    def training_order(self) -> list[str]:
+        """Names of `embedders`, each after the one it starts from.
+
+        Raises:
+            ValueError: some start from each other.
+        """
+        order: list[str] = []
+        for name in self.embedders:
+            chain: list[str] = []
+            before: str | None = name
+            while before is not None and before not in order:
+                if before in chain:
+                    raise ValueError(
+                        f"embedders.{name}.start_from: {' -> '.join([*chain, before])} goes round in a circle"
+                    )
+                chain.append(before)
+                before = self.embedders[before].start_from
+            order += reversed(chain)
+        return order
 
     def judge_of(self, section: TrainConfig) -> str:
         """Name of the judge whose negatives `section` trains on."""

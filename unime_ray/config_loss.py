@@ -19,6 +19,7 @@ LossName = Literal[
     "hardness_infonce",
     "unime_v1",
     "hybrid",
+    "text_distill",
 ]
 """judge_kl          UniME-V2: symmetrised KL between student and judge over a query's own candidates
 hard_negative_ce  cross-entropy at c+ over the same candidates: hard negatives without soft scores
@@ -26,7 +27,8 @@ margin_mse        squared difference of the student's and the judge's margins
 infonce           VLM2Vec: in-batch InfoNCE, with `num_negatives` hard negatives of each query in the batch
 hardness_infonce  in-batch InfoNCE whose negatives weigh more the more similar they are
 unime_v1          UniME V1, stage 2: in-batch false negatives out, top-k of the rest, InfoNCE
-hybrid            judge_kl + `infonce_weight` x infonce without likely false negatives"""
+hybrid            judge_kl + `infonce_weight` x infonce without likely false negatives
+text_distill      UniME V1, stage 1: a teacher's similarities between texts, from texts alone"""
 
 PER_QUERY = ("judge_kl", "hard_negative_ce", "margin_mse")
 """Losses of a query's own candidates: ranks exchange nothing but gradients."""
@@ -39,6 +41,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "false_negative_margin": ("hybrid", "unime_v1"),
     "in_batch_top_k": ("unime_v1",),
     "hardness": ("hardness_infonce",),
+    "teacher": ("text_distill",),
+    "teacher_temperature": ("text_distill",),
+    "include_self": ("text_distill",),
 }
 """Settings that only some losses read."""
 
@@ -68,6 +73,13 @@ class LossSettings(Section):
     matryoshka_weights: tuple[Positive, ...] = ()
     """One per width (default: all equal)."""
 
+    teacher: str | None = None
+    """Which of `teachers` is distilled."""
+    teacher_temperature: Positive | None = None
+    """Divides the teacher's cosines (default: `temperature`, as published)."""
+    include_self: bool = True
+    """Whether a text's similarity to itself is part of both distributions, as published."""
+
     @property
     def is_per_query(self) -> bool:
         """Whether a query's loss depends on nothing but its own candidates."""
@@ -96,6 +108,8 @@ class LossSettings(Section):
             raise ValueError(
                 "loss unime_v1 drops false negatives by a margin; set false_negative_margin (published: 0.1)"
             )
+        if self.loss == "text_distill" and self.teacher is None:
+            raise ValueError("loss text_distill needs `teacher`: the name of a section of `teachers`")
         return self
 
     @model_validator(mode="after")

@@ -89,6 +89,17 @@ class TrainConfig(Section):
 class EmbedderConfig(LossSettings, TrainConfig):
     """How an embedder is trained: its loss with that loss's settings (`config_loss`), and the training itself."""
 
+    start_from: str | None = None
+    """Another of `embedders` whose trained weights this one starts from (default: `model`)."""
+
+    @model_validator(mode="after")
+    def _starts_once(self) -> EmbedderConfig:
+        if self.start_from is not None and self.model is not None:
+            raise ValueError("`model` and `start_from` both name a checkpoint to start from; remove one")
+        if self.loss == "text_distill" and self.lora.train_vision:
+            raise ValueError("loss text_distill sees texts only; set lora.train_vision to false")
+        return self
+
 
 class RerankerConfig(TrainConfig):
     learning_rate: Positive = 2e-5

@@ -49,8 +49,10 @@ def mining(run: Run, config: RunConfig) -> Iterator[Step]:
 
 
 def training(run: Run, config: RunConfig) -> Iterator[Step]:
-    """Hard negatives to checkpoints: every embedder, then every reranker."""
-    for name in config.embedders:
+    """Hard negatives to checkpoints: every embedder, then every reranker. Before them the teachers of UniME V1."""
+    for name in config.teachers:
+        yield Step("teach", name, lambda name=name: _teach(run, config, name))  # type: ignore[misc]
+    for name in config.training_order():
         yield Step("train-embedder", name, lambda name=name: _train_embedder(run, config, name))  # type: ignore[misc]
     for name in config.rerankers:
         yield Step("train-reranker", name, lambda name=name: _train_reranker(run, config, name))  # type: ignore[misc]
@@ -89,6 +91,12 @@ def _select(run: Run, config: RunConfig, name: str) -> Manifest:
     from unime_ray.stages.select import run_select
 
     return run_select(run, config, name)
+
+
+def _teach(run: Run, config: RunConfig, name: str) -> Manifest:
+    from unime_ray.stages.teach import run_teach
+
+    return run_teach(run, config, name)
 
 
 def _train_embedder(run: Run, config: RunConfig, name: str) -> Manifest:

@@ -59,6 +59,7 @@ def check_run(run: Run, config: RunConfig) -> None:
     check_sources(config)
     check_truth(config)
     check_vllm(config)
+    check_teachers(config)
     check_models(config)
     check_servers(run, config)
 
@@ -102,6 +103,19 @@ def check_vllm(config: RunConfig) -> None:
         if split > max(gpus, 1):
             raise ConfigError(f"{key}.vllm.tensor_parallel_size is {split}: set {key}.resources.num_gpus to as many")
         vllm_family(read_family(section.model, section.revision), section.model)
+
+
+def check_teachers(config: RunConfig) -> None:
+    """Raise unless every teacher's library, and the file it reads, is there."""
+    from unime_ray.models.teacher import teacher_folder
+
+    for name, teacher in config.teachers.items():
+        if teacher.engine == "sentence_transformers":
+            teacher_folder(teacher.model)
+        if teacher.path is not None:
+            fs, path = filesystem(teacher.path)
+            if fs.get_file_info(path).type.name == "NotFound":
+                raise ConfigError(f"teachers.{name}.path: no such file or folder: {teacher.path}")
 
 
 def check_models(config: RunConfig) -> None:

@@ -140,6 +140,12 @@ def embeddings_schema(dim: int, half: bool = False) -> pa.Schema:
     return pa.schema([_required("item_id", ID), _required("embedding", pa.list_(value, dim))])
 
 
+def teacher_schema(width: int) -> pa.Schema:
+    """Schema of `teacher`: texts with a sentence embedder's vectors of `width` numbers, float32, unit norm."""
+    vector = pa.field("vector", pa.list_(pa.float32(), width), nullable=False)
+    return pa.schema([_required("text_id", ID), _required("text", pa.string()), vector])
+
+
 def conform(table: pa.Table, schema: pa.Schema, name: str = "table") -> pa.Table:
     """`table` with exactly the columns, order and types of `schema`; nullable columns may be missing.
 

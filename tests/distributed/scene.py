@@ -13,12 +13,14 @@ import torch
 from tests.unit.models_fixtures import FakeItem, make_item, picture, save_checkpoint
 from unime_ray.artifacts import Manifest, Run
 from unime_ray.config import EmbedderConfig, LoraConfig, PixelBudget, RerankerConfig, TrainConfig
-from unime_ray.schemas import HARD_NEGATIVES, IMAGES, ITEMS
+from unime_ray.schemas import HARD_NEGATIVES, IMAGES, ITEMS, teacher_schema
 from unime_ray.train.data import prepare_examples
 from unime_ray.train.job import TrainingJob
+from unime_ray.train.text_data import prepare_texts
 
 NUM_QUERIES = 14
 NUM_NEGATIVES = 3
+TEACHER_WIDTH = 12
 ALL_WEIGHTS = LoraConfig(rank=0)
 SECTION: dict[str, Any] = {
     "lora": {"rank": 4, "alpha": 8.0},
@@ -40,6 +42,7 @@ def build_scene(root: Path) -> Run:
     pool += [make_item(f"a text about thing {n}") for n in range(6)]
     write_payload(run, [*queries, *pool])
     write_negatives(run, queries, pool)
+    write_teacher(run)
     save_checkpoint(root / "model")
     return run
 
@@ -87,6 +90,26 @@ def stepper_of(objective: Any, section: TrainConfig) -> Any:
     return Stepper(objective, section)
 
 
+def write_teacher(run: Run) -> None:
+    """Texts with random vectors of teacher `teacher`."""
+    vectors = np.random.default_rng(1).normal(size=(NUM_QUERIES, TEACHER_WIDTH)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    items = [make_item(f"a sentence about thing {n} " + "again " * (n % 3)) for n in range(NUM_QUERIES)]
+    rows = [
+        {"text_id": item.item_id, "text": item.rendered, "vector": vector}
+        for item, vector in zip(items, vectors, strict=True)
+    ]
+    table, schema = run.artifact("teacher", "teacher"), teacher_schema(TEACHER_WIDTH)
+    table.write(pa.Table.from_pylist(rows, schema=schema), schema)
+    table.finish(Manifest(table="teacher", name="teacher", stage="teach", fingerprint="scene", rows=len(rows)))
+
+
+def examples_of(run: Run, section: EmbedderConfig | RerankerConfig) -> str:
+    if getattr(section, "teacher", None) is not None:
+        return prepare_texts(run.artifact("teacher", "teacher"))
+    return prepare_examples(run.artifact("hard_negatives", "judge"))
+
+
 def job_of(root: Path, section: EmbedderConfig | RerankerConfig) -> TrainingJob:
     run = Run(str(root / "run"))
     return TrainingJob(
@@ -94,7 +117,7 @@ def job_of(root: Path, section: EmbedderConfig | RerankerConfig) -> TrainingJob:
         model=str(root / "model"),
         revision=None,
         pixels=PixelBudget(),
-        examples_uri=prepare_examples(run.artifact("hard_negatives", "judge")),
+        examples_uri=examples_of(run, section),
         images_uri=run.artifact("images").data_uri,
         items_uri=run.artifact("items").data_uri,
         artifact_uri=run.artifact("embedder", "test").uri,
@@ -106,10 +129,12 @@ def gradients(
     root: Path, section: EmbedderConfig | RerankerConfig, step: int = 1
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Global loss and gradient of one step on this process's rank, in the process group there is (or none)."""
-    from unime_ray.train import embedder_objective, reranker_objective, worker
+    from unime_ray.train import distill_objective, embedder_objective, reranker_objective, worker
     from unime_ray.train.sharding import whole
 
-    kind = embedder_objective if isinstance(section, EmbedderConfig) else reranker_objective
+    kind: Any = embedder_objective if isinstance(section, EmbedderConfig) else reranker_objective
+    if getattr(section, "teacher", None) is not None:
+        kind = distill_objective
     setting = worker.prepare(job_of(root, section), section, torch.device("cpu"))
     objective = kind.make_objective(setting)
     stepper = stepper_of(objective, section)

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "matryoshka": ("embedder", SECTION | {"loss": "hybrid", "matryoshka_dims": [4, 16]}),
     "hybrid": ("embedder", SECTION | {"loss": "hybrid", "infonce_weight": 0.5}),
     "infonce_whole_share": ("embedder", SECTION | {"loss": "infonce", "num_negatives": 2}),
+    "text_distill": ("embedder", SECTION | {"loss": "text_distill", "teacher": "teacher", "include_self": False}),
     "vision": ("embedder", SECTION | {"loss": "hybrid", "lora": {"rank": 4, "alpha": 8.0, "train_vision": True}}),
     "reranker": ("reranker", RERANKER),
 }
@@ -67,14 +68,18 @@ def on_ranks(
     return torch.load(out, weights_only=True)
 
 
-def assert_equal(found: tuple[float, dict], expected: tuple[float, dict]) -> None:
+# Texts under one prompt have nearly one embedding in a random model, so its differences keep fewer digits.
+TOLERANCE = {"text_distill": 5e-6}
+
+
+def assert_equal(found: tuple[float, dict], expected: tuple[float, dict], tolerance: float = 1e-6) -> None:
     """Loss and gradient equal to 1e-6, relative to the gradient's norm: float32 rounds sums in another order."""
-    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
     assert found[1].keys() == expected[1].keys()
     wrong = sum(float((found[1][name] - gradient).square().sum()) for name, gradient in expected[1].items())
     right = sum(float(gradient.square().sum()) for gradient in expected[1].values())
     assert right > 1e-6
-    assert (wrong / right) ** 0.5 < 1e-6
+    assert (wrong / right) ** 0.5 < tolerance
 
 
 def whole(scene: Path, name: str, **changes: Any) -> tuple[float, dict]:
@@ -88,7 +93,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(scene, name):
     kind, section = CASES[name]
     expected = whole(scene, name)
     for size in (3, 4):  # 4 leaves a short last micro-batch
-        assert_equal(gradients(scene, SECTIONS[kind].model_validate(section | {"micro_batch_queries": size})), expected)
+        found = gradients(scene, SECTIONS[kind].model_validate(section | {"micro_batch_queries": size}))
+        assert_equal(found, expected, TOLERANCE.get(name, 1e-6))
 
 
 def test_gradient_caching_repeats_the_dropout_of_its_first_pass(scene):
@@ -123,7 +129,7 @@ def test_ranks_give_the_gradient_of_one_process(scene, tmp_path, world):
     }
     found = on_ranks(scene, cases, world, tmp_path / "out.pt")
     for name in CASES:
-        assert_equal(found[name], whole(scene, name, batch_queries=5))
+        assert_equal(found[name], whole(scene, name, batch_queries=5), TOLERANCE.get(name, 1e-6))
 
 
 @pytest.mark.slow
@@ -135,7 +141,7 @@ def test_sharded_weights_give_the_gradient_of_one_process(scene, tmp_path):
     cases["all_weights"] = ("embedder", SECTION | changes | all_weights)
     found = on_ranks(scene, cases, 2, tmp_path / "out.pt")
     for name in set(cases) - {"all_weights"}:
-        assert_equal(found[name], whole(scene, name, batch_queries=5))
+        assert_equal(found[name], whole(scene, name, batch_queries=5), TOLERANCE.get(name, 1e-6))
     expected = whole(scene, "judge_kl", batch_queries=5, lora={"rank": 0})
     # torch leaves no gradient on what it shards but nobody uses; one process has none either.
     assert_equal(found["all_weights"], expected)

@@ -35,6 +35,15 @@ def test_every_preset_loads_and_round_trips(name):
             "set num_negatives to 1 or more, or use infonce",
         ),
         ("embedders: {a: {loss: unime_v1, false_negative_margin: null}}", "set false_negative_margin"),
+        ("embedders: {a: {loss: text_distill}}", "needs `teacher`"),
+        ("embedders: {a: {loss: text_distill, teacher: t}}", "no teacher 't'; add a section `teachers`"),
+        ("teachers: {mini: {}}\nembedders: {a: {loss: text_distill, teacher: mni}}", "did you mean 'mini'"),
+        ("teachers: {m: {}}\nembedders: {a: {teacher: m}}", "loss judge_kl does not read `teacher`"),
+        ("teachers: {m: {engine: parquet}}", "needs `path`"),
+        ("embedders: {a: {loss: text_distill, teacher: t, lora: {train_vision: true}}}", "lora.train_vision to false"),
+        ("embedders: {one: {}, two: {start_from: oen}}", "did you mean 'one'"),
+        ("embedders: {a: {start_from: b}, b: {start_from: a}}", "a -> b -> a goes round in a circle"),
+        ("embedders: {a: {}, b: {start_from: a, model: tiny}}", "remove one"),
         ("embedders: {a: {loss: infonse}}", "'infonce'"),
         ("embedders: {a: {matryoshka_dims: [64, 32]}}", "must ascend"),
         ("embedders: {a: {matryoshka_dims: [32, 64], matryoshka_weights: [1]}}", "1 matryoshka_weights for 2"),
@@ -118,3 +127,9 @@ def test_a_bad_extends_is_told_in_one_line(tmp_path, parent, message):
     with pytest.raises(ConfigError) as error:
         load_config(str(path))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_embedders_are_trained_after_what_they_start_from(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("embedders: {c: {start_from: b}, a: {}, b: {start_from: a}}")
+    assert load_config(str(path)).training_order() == ["a", "b", "c"]

@@ -6,17 +6,15 @@ measure starts none. There are as many as `embed.resources` allows, of the size 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import ray
 from ray.exceptions import RayTaskError
 from ray.util import ActorPool
 
-from unime_ray.artifacts import Run, filesystem
+from unime_ray.artifacts import Run, local_folder
 from unime_ray.config import Resources
 from unime_ray.errors import UnimeError
 from unime_ray.evaluation.arms import Checkpoint
@@ -77,16 +75,6 @@ class Worker:
             self.loaded = None  # the old model's memory is free before the new one takes its own
             self.loaded = ((kind, checkpoint), self.load(kind, checkpoint))
         return self.loaded[1]
-
-
-def local_folder(model: str) -> str:
-    """`model` itself, or where its copy lies if it is a folder on remote storage."""
-    if "://" not in model:
-        return model
-    fs, path = filesystem(model)
-    target = tempfile.mkdtemp(prefix="unime-ray-model-")
-    pafs.copy_files(path, target, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
-    return target
 
 
 class Workers:

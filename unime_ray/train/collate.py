@@ -26,7 +26,7 @@ from unime_ray.models.backbone import Backbone, Batch
 from unime_ray.models.cache import ByteCache
 from unime_ray.models.pixels import Picture
 from unime_ray.models.tokens import Segment
-from unime_ray.train.data import Example, Examples
+from unime_ray.train.data import Asked, Example, Examples
 
 SEGMENT_CACHE_BYTES = 256 << 20
 MAX_STRETCH, MIN_PACK = 1.25, 16
@@ -83,7 +83,7 @@ class MicroBatch:
     """Row of each candidate in the packed batches."""
     scores_BK: Tensor
     """Judge scores in [0, 1]."""
-    examples: tuple[Example, ...]
+    examples: tuple[Asked, ...]
 
     @property
     def packs(self) -> tuple[Packed, ...]:
@@ -112,6 +112,16 @@ class InBatch:
 
 
 @dataclass(frozen=True)
+class TeacherBatch:
+    """What a teacher says of the texts of the global batch, rank after rank. T: the teacher's width."""
+
+    vectors_MT: Tensor
+    own_B: Tensor
+    """Places of this rank's texts."""
+    rows_per_rank: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class StepBatch(Generic[Work]):
     """One rank's part of one optimizer step."""
 
@@ -119,7 +129,7 @@ class StepBatch(Generic[Work]):
     batch_size: int
     """Queries of the global batch: what the loss is the mean over."""
     micro_batches: tuple[Work, ...]
-    in_batch: InBatch | None = None
+    in_batch: InBatch | TeacherBatch | None = None
 
 
 class SegmentStore:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,13 @@ from unime_ray.ids import show
 
 COLUMNS = ("query_id", "positive_id", "positive_score", "negative_ids", "negative_scores")
 ROWS_PER_CHUNK = 1024
+
+
+class Asked(Protocol):
+    """What every training row has: the id that errors name it by."""
+
+    @property
+    def query_id(self) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +51,26 @@ class Example:
 def prepare_examples(table: Artifact) -> str:
     """Write a `hard_negatives` artifact as one Arrow IPC file sorted by ids, once; return the file's URI.
 
-    The name carries the artifact's fingerprint, so that a file of older negatives is never taken for this one.
-
     Raises:
         ArtifactError: the artifact is not there.
         TrainingError: it has no rows.
+    """
+    return prepare_rows(table, COLUMNS, ("query_id", "positive_id"), "hard negatives")
+
+
+def prepare_rows(table: Artifact, columns: Sequence[str], order: Sequence[str], what: str) -> str:
+    """`columns` of an artifact, sorted by `order`, as one Arrow IPC file beside it; see `prepare_examples`.
+
+    The name carries the artifact's fingerprint, so that a file of older rows is never taken for this one.
     """
     mark = table.require().fingerprint
     uri = table.child(f"examples-{mark}.arrow")
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type == pafs.FileType.File:
         return uri
-    rows = table.read(COLUMNS).sort_by([("query_id", "ascending"), ("positive_id", "ascending")])
+    rows = table.read(columns).sort_by([(name, "ascending") for name in order])
     if rows.num_rows == 0:
-        raise TrainingError(f"{table.uri}: no hard negatives to train on; see its manifest for what select dropped")
+        raise TrainingError(f"{table.uri}: no {what} to train on; see its manifest for what was dropped")
     local = isinstance(fs, pafs.LocalFileSystem)
     target = f"{path}.{os.getpid()}.tmp" if local else path
     with fs.open_output_stream(target) as sink, pa.ipc.new_file(sink, rows.schema) as writer:
@@ -65,7 +80,7 @@ def prepare_examples(table: Artifact) -> str:
     return uri
 
 
-class Examples:
+class RowFile:
     """The rows of a prepared file, by number, without reading it into memory."""
 
     def __init__(self, uri: str) -> None:
@@ -77,10 +92,22 @@ class Examples:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, row: int) -> Example:
+    @property
+    def columns(self) -> list[str]:
+        return self._reader.schema.names
+
+    def chunk_of(self, row: int) -> pa.RecordBatch:
+        """The chunk that `row` lies in, at place `row % ROWS_PER_CHUNK`."""
         if not 0 <= row < self._length:
             raise IndexError(row)
-        chunk = self._reader.get_batch(row // ROWS_PER_CHUNK)
+        return self._reader.get_batch(row // ROWS_PER_CHUNK)
+
+
+class Examples(RowFile):
+    """Hard negatives, by number."""
+
+    def __getitem__(self, row: int) -> Example:
+        chunk = self.chunk_of(row)
         values = [chunk.column(name)[row % ROWS_PER_CHUNK].as_py() for name in COLUMNS]
         return Example(row, values[0], values[1], values[2], tuple(values[3]), tuple(values[4]))
 
@@ -95,7 +122,7 @@ class Examples:
         return tuple(found)
 
     def _query_id(self, row: int) -> bytes:
-        return self._reader.get_batch(row // ROWS_PER_CHUNK).column("query_id")[row % ROWS_PER_CHUNK].as_py()
+        return self.chunk_of(row).column("query_id")[row % ROWS_PER_CHUNK].as_py()
 
     def require_negatives(self, count: int) -> None:
         """Raise TrainingError, naming the first query, unless every row has at least `count` negatives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -14,6 +15,7 @@ from unime_ray.config import EmbedderConfig
 from unime_ray.models.backbone import Backbone
 from unime_ray.models.embedder import embed_batch
 from unime_ray.train.collate import (
+    InBatch,
     MicroBatch,
     Packed,
     SegmentStore,
@@ -42,32 +44,25 @@ class EmbeddingModule(nn.Module):
             return torch.cat([embed_batch(self._backbone[0], batch) for batch in inputs.batches])
 
 
-class EmbedderObjective:
-    """Queries and candidates embedded, and the loss that `EmbedderConfig.loss` names."""
+class EmbeddingObjective(ABC):
+    """Whatever is embedded: the gradient of the loss that `EmbedderConfig.loss` names, carried into the weights."""
 
-    def __init__(
-        self, backbone: Backbone, examples: Examples, order: BatchOrder, store: SegmentStore, config: EmbedderConfig
-    ) -> None:
-        self.backbone, self.examples, self.order, self.store, self.config = backbone, examples, order, store, config
+    def __init__(self, backbone: Backbone, order: BatchOrder, config: EmbedderConfig) -> None:
+        self.backbone, self.order, self.config = backbone, order, config
         self.module = EmbeddingModule(backbone)
         self.filler = filler(backbone)
 
+    @abstractmethod
     def load(self, step: int, rank: int, world: int) -> StepBatch[MicroBatch]:
-        """This rank's queries of a step; for in-batch losses also who stands in the whole batch."""
-        config, batch = self.config, self.order.batch_rows(step)
-        examples = [self.examples[int(row)] for row in self.order.rank_rows(step, rank, world)]
-        micro_batches = tuple(
-            embedder_micro_batch(part, config.num_negatives, self.store, self.backbone)
-            for part in split(examples, config.micro_batch_queries)
-        )
-        in_batch = None
-        if not config.is_per_query:
-            in_batch = in_batch_info(batch, rank, world, self.examples, config.num_negatives, self.backbone.device)
-        return StepBatch(step, len(batch), micro_batches, in_batch)
+        """This rank's part of a step."""
 
+    @abstractmethod
     def empty(self) -> MicroBatch:
         """A micro-batch without queries."""
-        return embedder_micro_batch([], self.config.num_negatives, self.store, self.backbone)
+
+    @abstractmethod
+    def _in_batch_loss(self, embeddings: Sequence[Tensor], batch: StepBatch[MicroBatch]) -> Tensor:
+        """Loss of this rank's queries (B,) against the candidates of all ranks."""
 
     def backward(self, stepper: Stepper, batch: StepBatch[MicroBatch]) -> StepLoss:
         """One backward pass per micro-batch. A loss with in-batch negatives needs the embeddings of the whole batch
@@ -117,12 +112,37 @@ class EmbedderObjective:
         stepper.backward_parts([partial(part, number) for number in range(len(leaves))], batch)
         return loss_B
 
+
+class EmbedderObjective(EmbeddingObjective):
+    """Queries with their positives and hard negatives."""
+
+    def __init__(
+        self, backbone: Backbone, examples: Examples, order: BatchOrder, store: SegmentStore, config: EmbedderConfig
+    ) -> None:
+        super().__init__(backbone, order, config)
+        self.examples, self.store = examples, store
+
+    def load(self, step: int, rank: int, world: int) -> StepBatch[MicroBatch]:
+        """This rank's queries of a step; for in-batch losses also who stands in the whole batch."""
+        config, batch = self.config, self.order.batch_rows(step)
+        examples = [self.examples[int(row)] for row in self.order.rank_rows(step, rank, world)]
+        micro_batches = tuple(
+            embedder_micro_batch(part, config.num_negatives, self.store, self.backbone)
+            for part in split(examples, config.micro_batch_queries)
+        )
+        in_batch = None
+        if not config.is_per_query:
+            in_batch = in_batch_info(batch, rank, world, self.examples, config.num_negatives, self.backbone.device)
+        return StepBatch(step, len(batch), micro_batches, in_batch)
+
+    def empty(self) -> MicroBatch:
+        return embedder_micro_batch([], self.config.num_negatives, self.store, self.backbone)
+
     def _in_batch_loss(self, embeddings: Sequence[Tensor], batch: StepBatch[MicroBatch]) -> Tensor:
-        """Loss of this rank's queries (B,) against the candidates of all ranks."""
         picked = [_pick(rows_UD, micro) for rows_UD, micro in zip(embeddings, batch.micro_batches, strict=True)]
         queries_BD, own_BKD = torch.cat([queries for queries, _ in picked]), torch.cat([own for _, own in picked])
         known = batch.in_batch
-        assert known is not None
+        assert isinstance(known, InBatch)
         candidates_MD = losses.gather_rows(own_BKD.flatten(0, 1), list(known.rows_per_rank))
         scores_BK = torch.cat([micro.scores_BK for micro in batch.micro_batches])
         return embedder_loss(self.config, Embedded(queries_BD, own_BKD, scores_BK, candidates_MD, known))
@@ -136,4 +156,5 @@ def _pick(rows_UD: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
 def make_objective(setting: Setting) -> EmbedderObjective:
     config = setting.config
     assert isinstance(config, EmbedderConfig)
+    assert isinstance(setting.examples, Examples)
     return EmbedderObjective(setting.backbone, setting.examples, setting.order, setting.store, config)

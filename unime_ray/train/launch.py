@@ -29,6 +29,7 @@ from unime_ray.models.names import model_revision, resolve_model
 from unime_ray.train.data import BatchOrder, Examples, prepare_examples
 from unime_ray.train.job import StopOnOwnErrors, TrainingJob, check_trackers
 from unime_ray.train.log import LOG, read_log
+from unime_ray.train.text_data import open_rows, prepare_texts
 
 CODE_VERSION = 1
 CHECKPOINTS = "checkpoints"
@@ -56,26 +57,33 @@ def run_training(
     run: Run,
     section: TrainConfig,
     *,
-    judge: str,
+    table: Artifact,
+    judge: str | None,
     kind: str,
     name: str,
     model: str,
     pixels: PixelBudget,
     num_negatives: int,
     worker: Callable[[dict[str, Any]], dict[str, Any]],
+    start: Artifact | None = None,
 ) -> Manifest:
-    """Train `section` on the negatives of `judge`; the stage is skipped if this very model is there.
+    """Train `section` on the rows of `table`; the stage is skipped if this very model is there.
 
     Args:
-        kind: the artifact's table, `embedder` or `reranker`. num_negatives: each row must have at least these.
-        worker: the function each worker runs, given a `TrainingJob` as a dict.
+        table: hard negatives, those of `judge`, or texts with a teacher's vectors. start: a trained model to start
+            from instead of the checkpoint `model`. kind: the artifact's table, `embedder` or `reranker`.
+            num_negatives: each row must have at least these. worker: the function each worker runs, given a
+            `TrainingJob` as a dict.
 
     Raises:
         ArtifactError, ModelError, TrainingError: see the callers.
     """
-    artifact, table = run.artifact(kind, name), run.artifact("hard_negatives", judge)
-    path = resolve_model(model)
-    revision = model_revision(path, section.revision)
+    artifact = run.artifact(kind, name)
+    if start is None:
+        path = resolve_model(model)
+        revision = model_revision(path, section.revision)
+    else:
+        path, model, revision = start.child("model"), start.key, start.require().fingerprint
     learning = section.model_dump(mode="json", exclude=set(NOT_LEARNING)) | {"model": model, "judge": judge}
 
     def build() -> StageResult:
@@ -83,7 +91,7 @@ def run_training(
         job = TrainingJob(
             section=section.model_dump(mode="json"),
             model=path,
-            revision=section.revision,
+            revision=section.revision if start is None else None,
             pixels=pixels,
             examples_uri=examples_uri,
             images_uri=run.artifact("images").data_uri,
@@ -109,9 +117,10 @@ def run_training(
 def _checked_rows(table: Artifact, section: TrainConfig, num_negatives: int) -> str:
     """Prepare the training rows and refuse what cannot be trained on, before any worker starts."""
     check_trackers(section.tracker)
-    uri = prepare_examples(table)
-    examples = Examples(uri)
-    examples.require_negatives(num_negatives)
+    uri = prepare_texts(table) if table.table == "teacher" else prepare_examples(table)
+    examples = open_rows(uri)
+    if isinstance(examples, Examples):
+        examples.require_negatives(num_negatives)
     BatchOrder(len(examples), section.batch_queries, section.seed).rank_rows(0, 0, section.most_workers)
     return uri
 

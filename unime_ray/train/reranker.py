@@ -37,6 +37,7 @@ def run_train_reranker(run: Run, config: RunConfig, name: str) -> Manifest:
     return run_training(
         run,
         section,
+        table=run.artifact("hard_negatives", config.judge_of(section)),
         judge=config.judge_of(section),
         kind="reranker",
         name=name,

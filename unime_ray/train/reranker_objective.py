@@ -24,7 +24,7 @@ from unime_ray.models.backbone import Backbone
 from unime_ray.models.prompt_ids import PromptIds, check_length
 from unime_ray.models.tokens import Segment
 from unime_ray.train.collate import Content, Packed, StepBatch, filler, pack, split
-from unime_ray.train.data import Example
+from unime_ray.train.data import Example, Examples
 from unime_ray.train.loop import StepLoss, Stepper
 from unime_ray.train.worker import Setting
 
@@ -110,7 +110,8 @@ class RerankerObjective:
     """L = pairwise_weight x L_pair + listwise_weight x L_list, the mean over the queries of the batch."""
 
     def __init__(self, setting: Setting, config: RerankerConfig) -> None:
-        self.setting, self.config = setting, config
+        assert isinstance(setting.examples, Examples)
+        self.setting, self.examples, self.config = setting, setting.examples, config
         self.prompts = PromptIds(setting.backbone.tokens)
         self.module = RankingModule(setting.backbone, self.prompts)
         self.filler = filler(setting.backbone)
@@ -118,7 +119,7 @@ class RerankerObjective:
     def load(self, step: int, rank: int, world: int) -> StepBatch[RankingBatch]:
         setting, config = self.setting, self.config
         rows = setting.order.rank_rows(step, rank, world)
-        tasks = [ranking_task(setting.examples[int(row)], step, config) for row in rows]
+        tasks = [ranking_task(self.examples[int(row)], step, config) for row in rows]
         parts = tuple(self._batch(part) for part in split(tasks, config.micro_batch_queries))
         return StepBatch(step, setting.order.batch_size, parts)
 

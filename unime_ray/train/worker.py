@@ -20,17 +20,18 @@ import ray.train.v2._internal.execution.context
 import torch
 from torch import Tensor, nn
 
-from unime_ray.artifacts import filesystem, join, remove
+from unime_ray.artifacts import filesystem, join, local_folder, remove
 from unime_ray.config import TrainConfig
 from unime_ray.corpus.payload import PayloadStore
 from unime_ray.models.backbone import Backbone
 from unime_ray.models.lora import apply_lora, merge_and_save
 from unime_ray.train.checkpoint import load_checkpoint, save_checkpoint, trainable_state
 from unime_ray.train.collate import SegmentStore
-from unime_ray.train.data import BatchOrder, Examples
+from unime_ray.train.data import BatchOrder, RowFile
 from unime_ray.train.job import TrainingJob
 from unime_ray.train.log import LOG, StepLog
 from unime_ray.train.loop import Objective, Stepper, run_steps
+from unime_ray.train.text_data import open_rows
 from unime_ray.train.trackers import Trackers
 
 
@@ -41,7 +42,7 @@ class Setting:
     backbone: Backbone
     adapted: nn.Module
     """The backbone's model with its adapters, as `apply_lora` gave it."""
-    examples: Examples
+    examples: RowFile
     order: BatchOrder
     store: SegmentStore
     config: TrainConfig
@@ -84,7 +85,7 @@ def prepare(job: TrainingJob, config: TrainConfig, device: torch.device) -> Sett
         backbone.limit_feature_cache(config.feature_cache_mb << 20)
     if config.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
-    examples = Examples(job.examples_uri)
+    examples = open_rows(job.examples_uri)
     order = BatchOrder(len(examples), config.batch_queries, config.seed)
     store = SegmentStore(PayloadStore(job.images_uri, job.items_uri), backbone)
     return Setting(backbone, adapted, examples, order, store, config)
@@ -93,7 +94,9 @@ def prepare(job: TrainingJob, config: TrainConfig, device: torch.device) -> Sett
 def _adapted(job: TrainingJob, config: TrainConfig, device: torch.device) -> tuple[Backbone, nn.Module]:
     # With adapters the frozen weights may be half precision; all-weights training keeps float32 and autocasts.
     dtype = config.dtype if config.lora.rank else "float32"
-    backbone = Backbone.load(job.model, revision=job.revision, dtype=dtype, device=device, pixels=job.pixels)
+    backbone = Backbone.load(
+        local_folder(job.model), revision=job.revision, dtype=dtype, device=device, pixels=job.pixels
+    )
     torch.manual_seed(abs(config.seed))
     return backbone, apply_lora(backbone.model, config.lora)
 
