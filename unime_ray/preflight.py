@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unime_ray.artifacts import Run, filesystem
-from unime_ray.config import RunConfig
+from unime_ray.config import PixelBudget, RunConfig
 from unime_ray.errors import ConfigError, CorpusError
 from unime_ray.prompts import judge_prompt
 
@@ -125,19 +125,21 @@ def check_models(config: RunConfig) -> None:
 
     embed = config.embed
     check_dimensions(embed.dimensions, embedding_dim(embed.model, embed.revision), embed.model)
-    roles: dict[tuple[str, str | None], bool] = {(config.embed.model, config.embed.revision): False}
+    roles: dict[tuple[str, str | None, PixelBudget], bool] = {(embed.model, embed.revision, embed.pixels): False}
     for judge in config.judges.values():
         if judge.engine not in ("oracle", "openai"):
             prompt = judge_prompt(judge.prompt, judge.instruction)
-            check_model(judge.model, revision=judge.revision, needs_answers=True, prompt=prompt)
+            model, revision = judge.model, judge.revision
+            check_model(model, revision=revision, needs_answers=True, prompt=prompt, pixels=judge.pixels)
     for embedder in config.embedders.values():
         if embedder.model is not None:
-            roles.setdefault((embedder.model, embedder.revision), False)
+            pixels = embedder.pixels if embedder.pixels != PixelBudget() else embed.pixels
+            roles.setdefault((embedder.model, embedder.revision, pixels), False)
     for reranker in config.rerankers.values():
         if reranker.model is not None:
-            roles[(reranker.model, reranker.revision)] = True
-    for (model, revision), answers in roles.items():
-        check_model(model, revision=revision, needs_answers=answers)
+            roles[(reranker.model, reranker.revision, reranker.pixels)] = True
+    for (model, revision, pixels), answers in roles.items():
+        check_model(model, revision=revision, needs_answers=answers, pixels=pixels)
 
 
 def check_servers(run: Run, config: RunConfig) -> None:

@@ -168,9 +168,9 @@ def test_a_pixel_budget_means_fewer_tiles(tmp_path: Path) -> None:
         assert len(small.pixels.picture(large).patches) == (2 if family == "llava_onevision" else 1)
         with pytest.raises(ModelError, match=r"pixels\.min_pixels: .* leave it out"):
             Backbone.load(folder, device="cpu", pixels=PixelBudget(min_pixels=100))
-    clip = str(save_family(tmp_path / "clip", "clip"))
+    clip = {"model": str(save_family(tmp_path / "clip", "clip")), "pixels": {"max_pixels": 100}}
     with pytest.raises(ModelError, match="pixels: clip takes pictures of one size"):
-        Backbone.load(clip, device="cpu", pixels=PixelBudget(max_pixels=100))
+        check_models(RunConfig.model_validate({"embed": clip}))
 
 
 def test_qwen3_vl_embedding_reads_its_published_prompt(tmp_path: Path) -> None:

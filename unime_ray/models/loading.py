@@ -13,6 +13,7 @@ from unime_ray.config import PixelBudget
 from unime_ray.errors import ModelError
 from unime_ray.models.families import Family, check_judge, family_of
 from unime_ray.models.names import resolve_model
+from unime_ray.models.pixels import CHECKPOINT_BUDGET
 from unime_ray.models.prompt_ids import UNIME_V2, PromptIds
 from unime_ray.models.tokens import PromptTokenizer
 from unime_ray.prompts import JudgePrompt
@@ -71,14 +72,19 @@ def read_processor(model: str, revision: str | None = None) -> Any:
 
 
 def check_model(
-    model: str, *, revision: str | None = None, needs_answers: bool = False, prompt: JudgePrompt = UNIME_V2
+    model: str,
+    *,
+    revision: str | None = None,
+    needs_answers: bool = False,
+    prompt: JudgePrompt = UNIME_V2,
+    pixels: PixelBudget = CHECKPOINT_BUDGET,
 ) -> None:
-    """Raise ModelError unless `model` can embed and, with `needs_answers`, can judge (asked by `prompt`) and rerank.
+    """Raise ModelError unless `model` can embed within `pixels` and, with `needs_answers`, judge and rerank.
 
     Reads the configuration, the tokenizer and the image processor only: cheap enough to do before any work starts.
     """
     family, tokens = read_tokens(model, revision)
-    family.pictures(read_processor(model, revision), PixelBudget())
+    family.pictures(read_processor(model, revision), pixels)
     if needs_answers:
         check_judge(family, model)
         PromptIds(tokens, judge_prompt=prompt)
