@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from unime_ray.config_corpus import Columns as Columns
-from unime_ray.config_corpus import CorpusConfig
+from unime_ray.config_corpus import CorpusConfig, DuplicatesConfig
 from unime_ray.config_corpus import ImagePolicy as ImagePolicy
 from unime_ray.config_corpus import Source as Source
 from unime_ray.config_judge import JudgeConfig
@@ -95,6 +95,7 @@ class RunConfig(Section):
     run: str = "runs/unnamed"
     corpus: CorpusConfig = CorpusConfig()
     embed: EmbedConfig = EmbedConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
     retrieve: RetrieveConfig = RetrieveConfig()
     judges: dict[str, JudgeConfig] = {"judge": JudgeConfig()}
     select: SelectConfig = SelectConfig()
@@ -174,6 +175,15 @@ def load_config(source: str, overrides: tuple[str, ...] = ()) -> RunConfig:
     data = _read(source)
     for override in overrides:
         _override(data, override)
+    return parse_config(data, source)
+
+
+def parse_config(data: dict[str, Any], source: str) -> RunConfig:
+    """The config that `data` holds; `source` is what messages call it.
+
+    Raises:
+        ConfigError: an unknown key (the nearest valid one is named) or a value of the wrong type.
+    """
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

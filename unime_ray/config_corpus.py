@@ -1,12 +1,12 @@
-"""The section `corpus` of a config: which files, in which format, and what pictures may come in."""
+"""The sections `corpus` and `duplicates` of a config: which files, what pictures may come in, what is the same."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from unime_ray.sections import Count, Fraction, Section
+from unime_ray.sections import Count, Fraction, Positive, Section
 
 Format = Literal[
     "parquet",
@@ -95,3 +95,19 @@ class CorpusConfig(Section):
     max_error_rate: Fraction = 0.05
     max_text_chars: Count = 20_000
     rows_per_task: Count = 512
+
+
+class DuplicatesConfig(Section):
+    """Near-duplicates: found between embed and retrieve if `methods` names any; off by default."""
+
+    methods: tuple[Literal["phash", "embedding"], ...] = ()
+    """`phash`: pictures by perceptual hash. `embedding`: items of one kind (text, picture, both) by cosine."""
+    max_hamming: Annotated[int, Field(ge=0, le=16)] = 8
+    """Bits of 64 in which the hashes of two pictures may differ."""
+    max_color: Annotated[int, Field(ge=0, le=255)] = 24
+    """Levels of 255 by which any part of the two may differ in any color: the hash alone sees no color."""
+    min_cosine: Annotated[float, Field(gt=0.0, le=1.0)] = 0.98
+    leak: Literal["drop", "warn"] = "warn"
+    """Training items with a picture whose group, or self, is held out: left out of mining, or only counted."""
+    rows_per_task: Count = 512
+    num_cpus: Positive = 1.0

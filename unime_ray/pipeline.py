@@ -1,6 +1,7 @@
 """The whole recipe, readable top to bottom. Every step is skipped when its artifact is already there.
 
-corpus -> ingest -> embed -> retrieve -> judge -> select -> train embedders and rerankers -> evaluate -> report
+corpus -> ingest -> embed -> (duplicates) -> retrieve -> judge -> select -> train embedders and rerankers -> evaluate
+-> report
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def mining(run: Run, config: RunConfig) -> Iterator[Step]:
     """Corpus to hard negatives: ingest, embed, retrieve, then judge and select once per judge."""
     yield Step("ingest", None, lambda: _ingest(run, config))
     yield Step("embed", None, lambda: _embed(run, config))
+    if config.duplicates.methods:
+        yield Step("duplicates", None, lambda: _duplicates(run, config))
     yield Step("retrieve", None, lambda: _retrieve(run, config))
     for judge in config.judges:
         yield Step("judge", judge, lambda judge=judge: _judge(run, config, judge))  # type: ignore[misc]
@@ -73,6 +76,12 @@ def _embed(run: Run, config: RunConfig) -> Manifest:
     from unime_ray.stages.embed import run_embed
 
     return run_embed(run, config)
+
+
+def _duplicates(run: Run, config: RunConfig) -> Manifest:
+    from unime_ray.stages.duplicates import run_duplicates
+
+    return run_duplicates(run, config)
 
 
 def _retrieve(run: Run, config: RunConfig) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def check_run(run: Run, config: RunConfig) -> None:
     check_truth(config)
     check_vllm(config)
     check_teachers(config)
+    check_duplicates(config)
     check_models(config)
     check_servers(run, config)
 
@@ -116,6 +118,12 @@ def check_teachers(config: RunConfig) -> None:
             fs, path = filesystem(teacher.path)
             if fs.get_file_info(path).type.name == "NotFound":
                 raise ConfigError(f"teachers.{name}.path: no such file or folder: {teacher.path}")
+
+
+def check_duplicates(config: RunConfig) -> None:
+    """Raise unless the library for perceptual hashes is there, if the config asks for them."""
+    if "phash" in config.duplicates.methods and importlib.util.find_spec("imagehash") is None:
+        raise ConfigError("duplicates.methods: `phash` needs imagehash: pip install 'unime-ray[dedup]'")
 
 
 def check_models(config: RunConfig) -> None:

@@ -96,6 +96,15 @@ HARD_NEGATIVES = pa.schema(
         _required("negative_reasons", pa.list_(pa.string())),
     ]
 )
+DUPLICATES = pa.schema(
+    [
+        pa.field("item_id", ID),  # of method `embedding`
+        pa.field("image_id", ID),  # of method `phash`
+        _required("group_id", ID),  # the smallest id of the group
+        _required("method", pa.string()),
+        _required("distance", pa.float32()),  # to the nearest member: bits of 64, or 1 - cosine
+    ]
+)
 REJECTS = pa.schema(
     [
         _required("source", pa.string()),
@@ -128,6 +137,7 @@ TABLES: dict[str, pa.Schema] = {
     "candidates": CANDIDATES,
     "judgements": JUDGEMENTS,
     "hard_negatives": HARD_NEGATIVES,
+    "duplicates": DUPLICATES,
     "rejects": REJECTS,
     "metrics": METRICS,
 }

@@ -16,7 +16,8 @@ from unime_ray.config import RunConfig
 from unime_ray.report.charts import line_chart
 
 FLOW = (
-    *("images", "items", "qrels", "pools", "eval_candidates", "embeddings", "candidates", "judgements"),
+    *("images", "items", "qrels", "pools", "eval_candidates", "embeddings"),
+    *("duplicates", "candidates", "judgements"),
     *("hard_negatives", "embedder", "reranker", "evaluations", "metrics", "rejects"),
 )
 LIBRARIES = ("ray", "torch", "transformers", "peft", "pyarrow", "numpy")

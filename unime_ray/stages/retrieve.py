@@ -1,15 +1,15 @@
 """Retrieve: for every query of the mined split the raw top-k of the pool by cosine (UniME-V2, Eq. 1, before delta).
 
 Left out are only a query's known positives, items with the same text and picture as one of them under another
-instruction, and the query's own content. All other filters belong to select. Needs a Ray cluster.
+instruction, the query's own content and, where `duplicates` has run, near-duplicates of these. All other filters belong
+to select. Needs a Ray cluster.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 
 from unime_ray.artifacts import Manifest, Run, StageResult, remove, run_stage
 from unime_ray.config import Resources, RunConfig
-from unime_ray.corpus.lance_io import open_lance
 from unime_ray.corpus.payload import IdIndex
 from unime_ray.errors import ArtifactError
 from unime_ray.schemas import CANDIDATES, ID, IDS, conform
 from unime_ray.stages.embed import MINED_SPLIT
 from unime_ray.stages.engine import blocks_of, count_rows, map_actors, stage_context, write_rows
+from unime_ray.stages.twins import NearGroups, leaked_items, same_content
 
 CODE_VERSION = 1
 BLOCKS_PER_ACTOR = 8
@@ -47,14 +47,21 @@ def run_retrieve(run: Run, config: RunConfig, name: str = "base") -> Manifest:
     """
     artifact = run.artifact("candidates", name)
     settings = config.retrieve
+    deduplicates = bool(config.duplicates.methods)
+    extra = {"duplicates": {"leak": config.duplicates.leak}} if deduplicates else {}
+
+    tables = ("items", "qrels", "pools", *(("duplicates",) if deduplicates else ()))
 
     def build() -> StageResult:
-        plan = make_plan(run, name, settings.scope)
+        near = NearGroups.of(run.artifact("duplicates").read()) if deduplicates else NearGroups()
+        dropped = leaked_items(run, near) if deduplicates and config.duplicates.leak == "drop" else set()
+        plan = make_plan(run, name, settings.scope, near, dropped)
         remove(artifact.data_uri)  # an attempt that was killed: retrieval is quick, so it starts over
         blocks = blocks_of(plan.queries, settings.queries_per_batch)
         actors = min(MAX_ACTORS, -(-len(blocks) // BLOCKS_PER_ACTOR))
         resources = Resources(num_actors=1, max_actors=actors, num_cpus=settings.num_cpus)
-        arguments = {"run": run, "name": name, "top_k": settings.top_k, "threads": max(1, int(settings.num_cpus))}
+        threads = max(1, int(settings.num_cpus))
+        arguments = {"run": run, "name": name, "top_k": settings.top_k, "threads": threads, "dropped": dropped}
         with stage_context():
             found = map_actors(blocks, RetrieveActor, arguments, resources, settings.queries_per_batch)
             write_rows(found, artifact, resources)
@@ -67,8 +74,8 @@ def run_retrieve(run: Run, config: RunConfig, name: str = "base") -> Manifest:
         artifact,
         stage="retrieve",
         code_version=CODE_VERSION,
-        config=settings.model_dump(mode="json", include={"top_k", "scope"}),
-        inputs=[run.artifact("items"), run.artifact("qrels"), run.artifact("pools"), run.artifact("embeddings", name)],
+        config=settings.model_dump(mode="json", include={"top_k", "scope"}) | extra,
+        inputs=[*(run.artifact(table) for table in tables), run.artifact("embeddings", name)],
         build=build,
     )
 
@@ -81,11 +88,15 @@ class Plan:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-def make_plan(run: Run, name: str, scope: str = "global") -> Plan:
+def make_plan(
+    run: Run, name: str, scope: str = "global", near: NearGroups | None = None, dropped: Collection[bytes] = ()
+) -> Plan:
     """The queries of the mined split with their positives, without what could not be embedded.
 
     Args:
         scope: `global`, every query searches the whole pool; `dataset`, the pools of the datasets it stands in.
+        near: groups of near-duplicates; nothing of the group of a query or its positives is a candidate.
+        dropped: items that are not mined, be they query, positive or candidate.
 
     Raises:
         ArtifactError: no query with a positive is left, or the pool is empty.
@@ -94,27 +105,36 @@ def make_plan(run: Run, name: str, scope: str = "global") -> Plan:
     all_pairs, pool = _mined(run)
     pairs = [all_pairs.column(column) for column in ("query_id", "item_id")]
     positives: dict[bytes, list[bytes]] = defaultdict(list)
+    barred = pa.array(sorted(dropped), ID)
     usable = pc.and_(*(pc.is_in(column, value_set=embedded) for column in pairs))
+    leaking = pc.or_(*(pc.is_in(column, value_set=barred) for column in pairs))
+    with_vectors, embedded_queries = pc.sum(usable).as_py() or 0, pc.count_distinct(pairs[0].filter(usable)).as_py()
+    usable = pc.and_not(usable, leaking)
     for query, item in zip(*(column.filter(usable).to_pylist() for column in pairs), strict=True):
         positives[query].append(item)
     known: dict[bytes, set[bytes]] = defaultdict(set)
     for query, item in zip(*(column.to_pylist() for column in pairs), strict=True):
         known[query].add(item)
-    pool = pool.filter(pc.is_in(pool, value_set=embedded))
+    leaking_pool = pc.is_in(pool, value_set=barred)
+    pool = pool.filter(pc.and_not(pc.is_in(pool, value_set=embedded), leaking_pool))
     counts = {
         "queries": len(positives),
-        "queries_without_vectors": len(known) - len(positives),
+        "queries_without_vectors": len(known) - embedded_queries,
         "positives": int(pc.sum(usable).as_py() or 0),
-        "positives_without_vectors": len(usable) - int(pc.sum(usable).as_py() or 0),
+        "positives_without_vectors": len(usable) - with_vectors,
         "pool": len(pool),
     }
+    if dropped:
+        counts |= {"pairs_leaked": pc.sum(leaking).as_py() or 0, "pool_leaked": pc.sum(leaking_pool).as_py() or 0}
     if not positives or not len(pool):
         raise ArtifactError(
             f"nothing to mine: {len(positives)} queries and {len(pool)} pool items of split {MINED_SPLIT!r} have "
             "vectors; mark training sources with `split: train` in corpus.sources and see the rejects"
         )
     queries = sorted(positives)
-    twins = same_content(run, {*queries, *(item for query in queries for item in known[query])}, pool)
+    twins = same_content(
+        run, {*queries, *(item for query in queries for item in known[query])}, pool, near or NearGroups()
+    )
     excluded = [_excluded(query, known[query], twins) for query in queries]
     counts["duplicates_excluded"] = sum(len(ids - known[q] - {q}) for q, ids in zip(queries, excluded, strict=True))
     pools = _pool_names(run) if scope == "dataset" else {}
@@ -155,28 +175,6 @@ def _mined(run: Run) -> tuple[pa.Table, pa.Array]:
     return pairs, pool_items(run, EVERYTHING)
 
 
-def same_content(run: Run, ids: set[bytes], pool: pa.Array) -> Mapping[bytes, list[bytes]]:
-    """For each of `ids` the pool items of the same text and picture, whatever their instruction."""
-    keys: dict[bytes, bytes] = {}
-    members: dict[bytes, list[bytes]] = defaultdict(list)
-    in_pool = set(pool.to_pylist())
-    for item, key in _content_keys(run):
-        if item in ids:
-            keys[item] = key
-        if item in in_pool:
-            members[key].append(item)
-    return {item: members[key] for item, key in keys.items() if key in members}
-
-
-def _content_keys(run: Run) -> Iterable[tuple[bytes, bytes]]:
-    """(item id, hash of its text and picture) of every item."""
-    scanner = open_lance(run.artifact("items").data_uri).scanner(columns=["item_id", "text", "image_id"])
-    for batch in scanner.to_batches():
-        for item, text, image in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            content = (image or b"") + b"\x00" + (text or "").strip().encode()
-            yield item, hashlib.blake2b(content, digest_size=16).digest()
-
-
 def _excluded(query: bytes, positives: set[bytes], twins: Mapping[bytes, list[bytes]]) -> set[bytes]:
     found = positives | {query}
     for item in (query, *positives):
@@ -187,14 +185,15 @@ def _excluded(query: bytes, positives: set[bytes], twins: Mapping[bytes, list[by
 class RetrieveActor:
     """Ray Data: rows of the plan -> `candidates` rows. Holds every vector of the run's mining."""
 
-    def __init__(self, run: Run, name: str, top_k: int, threads: int) -> None:
+    def __init__(self, run: Run, name: str, top_k: int, threads: int, dropped: Collection[bytes] = ()) -> None:
         import faiss
 
         faiss.omp_set_num_threads(threads)
         self._run, self._top_k = run, top_k
         table = run.artifact("embeddings", name).read()
-        self._embedded = table.column("item_id")
-        self._index = IdIndex(self._embedded)
+        self._index = IdIndex(table.column("item_id"))
+        gone = pc.is_in(table.column("item_id"), value_set=pa.array(sorted(dropped), ID))
+        self._embedded = table.column("item_id").filter(pc.invert(gone))
         self._vectors_ND = _matrix(table.column("embedding"))
         self._pools: dict[str, tuple[list[bytes], np.ndarray]] = {}
 
