@@ -98,6 +98,8 @@ def _execute(config: str, overrides: list[str], stage: str | None, name: str | N
     check_run(run, loaded)
     save_config(run, loaded)
     steps = [step for step in recipe(run, loaded) if stage in (None, step.stage) and name in (None, step.name)]
+    if not steps and stage == "duplicates":
+        raise ConfigError("duplicates.methods is empty; set for instance `duplicates: {methods: [phash, embedding]}`")
     if not steps:
         known = [step.name for step in recipe(run, loaded) if step.stage == stage and step.name]
         raise ConfigError(f"--name: the config has no {stage} named {name!r}{nearest(str(name), known)}")
@@ -151,6 +153,7 @@ def _stage_command(stage: str, text: str, named: bool) -> None:
 
 _stage_command("ingest", "Read the corpus into images, items, qrels and pools; bad rows go to rejects.", False)
 _stage_command("embed", "Embed every item with the base embedder.", False)
+_stage_command("duplicates", "Group near-duplicates, for splits that leak and false negatives.", False)
 _stage_command("retrieve", "Each training query's top-k candidates over the mining pool.", False)
 _stage_command("judge", "Score every query with its candidates and positives.", True)
 _stage_command("select", "Drop false negatives and pick diverse hard negatives.", True)
@@ -256,6 +259,45 @@ def export_negatives(
     judge = name or next(iter(loaded.judges))
     rows = export_unime_json(run, judge, to)
     console.print(f"wrote {rows} rows to {to}")
+
+
+@app.command("import-corpus")
+def import_corpus(
+    path: Annotated[str, typer.Argument(help="File, folder or glob, local or a URI.")],
+    fmt: Annotated[str, typer.Option("--from", help="Its format, as in corpus.sources.")],
+    to: Annotated[str, typer.Option("--to", help="The Parquet file to write.")],
+    options: Annotated[
+        list[str], typer.Option("--option", "-o", help="Another key of the source: -o role=pool -o split=test")
+    ] = [],  # noqa: B006
+    max_error_rate: Annotated[float, typer.Option(help="More bad rows than this share is an error.")] = 0.05,
+) -> None:
+    """Read any format and write it as one Parquet file with its pictures; bad rows go to a file beside it."""
+    from unime_ray.corpus.exchange import check_outcome, rejects_beside, source_of, source_rows, write_corpus
+
+    outcome = write_corpus(source_rows(source_of(fmt, path, options)), "parquet", to)
+    console.print(f"wrote {outcome.pairs + outcome.pool} rows to {to}; {len(outcome.rejects)} rejected")
+    check_outcome(outcome, max_error_rate, rejects_beside(to))
+
+
+@app.command("export-corpus")
+def export_corpus(
+    folder: Annotated[str, typer.Argument(help="Folder to write.")],
+    corpus: Annotated[str, typer.Option("--corpus", help="A run folder, a config file or a preset.")],
+    fmt: Annotated[str, typer.Option("--to", help="parquet, jsonl, webdataset, mmeb_train or unime_json.")],
+    judge: Annotated[str, typer.Option("--judge", help="Of a run: export this judge's hard negatives too.")] = "",
+    pairs_only: Annotated[bool, typer.Option("--pairs-only", help="Leave pool rows out.")] = False,
+) -> None:
+    """Write the corpus of a run, or of a config, in another format; read again, its items have the same ids."""
+    from unime_ray.corpus.exchange import check_outcome, corpus_rows, only_pairs, rejects_beside, run_rows, write_corpus
+
+    if Run(corpus).artifact("qrels").manifest() is not None:
+        rows, limit = run_rows(Run(corpus), judge or None), 0.0
+    else:
+        loaded = _load(corpus, [])[1].corpus
+        rows, limit = corpus_rows(loaded), loaded.max_error_rate
+    outcome = write_corpus(only_pairs(rows) if pairs_only else rows, fmt, folder)
+    console.print(f"wrote {outcome.pairs} pairs and {outcome.pool} pool rows to {folder}")
+    check_outcome(outcome, limit, rejects_beside(folder))
 
 
 @app.command()

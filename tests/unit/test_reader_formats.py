@@ -96,7 +96,7 @@ def test_webdataset_rows_name_pictures_of_their_own_sample_only(tmp_path):
         "3.json": b"[1]",
     }
     good, *bad = read_all(format="webdataset", path=write_tar(tmp_path / "r.tar", members))
-    assert good.row_id == "0" and good.positives == (Side(None, b"0"), Side(None, b"1"))
+    assert good.row_id is None and good.positives == (Side(None, b"0"), Side(None, b"1"))
     assert good.negatives == (Side("n"), Side(None, b"n"))
     assert "sample '1' has no member '../secret.png'; it has json" in bad[0].reason
     assert f"sample '2' has no member '{str(tmp_path)[:8]}" in bad[1].reason

@@ -131,6 +131,14 @@ class PayloadStore:
         rows = zip(*columns, strict=True)
         return [Item(item, rendered, text, image, pictures.get(image)) for item, rendered, text, image in rows]
 
+    def instructions(self, ids: Sequence[bytes]) -> list[str | None]:
+        """The instruction of each item, in order; `rendered` has it fused with the text.
+
+        Raises:
+            ArtifactError: an id is not in `items`.
+        """
+        return self._items.take(ids, ["instruction"]).column(0).to_pylist() if ids else []
+
     def images(self, ids: Sequence[bytes]) -> dict[bytes, bytes]:
         """Encoded picture by image id.
 

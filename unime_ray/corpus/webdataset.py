@@ -5,7 +5,8 @@
     0001.json {"query_text": ..., "pos_image": "pos.png"}  0001.pos.png
                                               a row as in JSON lines, whose pictures are members of the sample
 
-A row is a sample, counted from 1; its key is its id unless the JSON gives one. See `tar` for what a sample is.
+A row is a sample, counted from 1. The key is the id of a picture with captions; a JSON row has its own or none. See
+`tar` for what a sample is.
 """
 
 from __future__ import annotations
@@ -60,8 +61,7 @@ def _records(sample: Sample, archive: Archive, number: int, source: Source, file
         raise RejectedRow(f"sample {sample.key!r}: {sample.problem}" if sample.key else sample.problem)
     row = _json(sample, archive) if "json" in sample.members else {}
     if _is_row(row, sample, source):
-        row = {source.columns.id or "id": sample.key} | _with_pictures(row, sample, archive, source)
-        yield record_of(row, number, source, file)
+        yield record_of(_with_pictures(row, sample, archive, source), number, source, file)
         return
     pictures = [name for name in PICTURES if name in sample.members]
     if len(pictures) != 1:
