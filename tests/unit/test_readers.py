@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from unime_ray.config import Columns, CorpusConfig, Source
+from unime_ray.corpus.files import corpus_root, shown_name
 from unime_ray.corpus.readers import read_unit, work_units
 from unime_ray.corpus.records import Record, Reject, Side
 from unime_ray.errors import CorpusError
@@ -241,3 +242,23 @@ def test_a_missing_source_names_its_path(tmp_path):
         work_units(Source(format="jsonl", path=str(tmp_path / "nowhere.jsonl")), 10)
     with pytest.raises(CorpusError, match="no files"):
         work_units(Source(format="jsonl", path=f"{tmp_path}/*.jsonl"), 10)
+
+
+def test_records_name_their_file_under_the_folder_all_sources_share(tmp_path):
+    (tmp_path / "pool").mkdir()
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "pool" / "a.jsonl", [{"text": "t"}])
+    sources = (
+        Source(format="jsonl", path=str(tmp_path / "train.jsonl")),
+        Source(format="jsonl", path=str(tmp_path / "pool" / "*.jsonl"), role="pool"),
+        Source(format="jsonl", path="s3://bucket/x.jsonl"),
+    )
+    corpus = CorpusConfig(sources=sources)
+    names = [
+        found.source
+        for source in sources[:2]
+        for unit in work_units(source, 9)
+        for found in read_unit(unit, source, corpus)
+    ]
+    assert names == ["train.jsonl"] * 3 + ["pool/a.jsonl"]
+    assert shown_name("s3://bucket/x.jsonl", corpus_root(corpus)) == "s3://bucket/x.jsonl"

@@ -48,6 +48,27 @@ def absolute_sources(corpus: CorpusConfig) -> CorpusConfig:
     return corpus.model_copy(update={"sources": tuple(sources)})
 
 
+def corpus_root(corpus: CorpusConfig) -> str | None:
+    """The folder that all local sources of a corpus with absolute paths lie under; None without any."""
+    local = [_fixed_part(source.path) for source in corpus.sources if not is_remote(source.path)]
+    return os.path.commonpath(local) if local else None
+
+
+def _fixed_part(path: str) -> str:
+    """The folder of a file, or the path up to its first wildcard."""
+    path = path.removeprefix("file://")
+    if "*" in path:
+        return os.path.dirname(path[: path.index("*")])
+    return path if os.path.isdir(path) else os.path.dirname(path)
+
+
+def shown_name(file: str, root: str | None) -> str:
+    """How `items` and `rejects` name a source file: under the corpus' root, or by its URI as it was given."""
+    if root is None or is_remote(file):
+        return file
+    return os.path.relpath(file.removeprefix("file://"), root)
+
+
 def source_files(source: Source) -> list[str]:
     """The files of a source, sorted: the one named, those a glob matches, or all of its format under a folder.
 

@@ -8,12 +8,13 @@ Parquet; no row is kept in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pyarrow as pa
 
 from unime_ray.config import CorpusConfig, Source
 from unime_ray.corpus import coco, csv, flickr30k, hf_dataset, jsonl, mmeb, parquet, unime_json, webdataset
-from unime_ray.corpus.files import source_files
+from unime_ray.corpus.files import corpus_root, shown_name, source_files
 from unime_ray.corpus.records import Record, Reject
 from unime_ray.corpus.units import STAGE, Unit
 from unime_ray.errors import CorpusError
@@ -44,17 +45,17 @@ def work_units(source: Source, rows_per_task: int) -> list[Unit]:
 
 
 def read_unit(unit: Unit, source: Source, corpus: CorpusConfig) -> Iterator[Record | Reject]:
-    """Every row of a unit, as a record or as the reason why it is none.
+    """Every row of a unit, as a record or as the reason why it is none. Files are named as `shown_name` does.
 
     A part of the file that cannot be read at all (a damaged row group, a disk error) gives one reject for each of its
     rows, so that the counts still add up.
     """
-    row = unit.first_row - 1
+    row, name = unit.first_row - 1, shown_name(unit.file, corpus_root(corpus))
     try:
         for found in FORMATS[source.format].read(unit, source):
             row = found.row
-            yield found
+            yield replace(found, source=name)
     except (OSError, pa.ArrowException, CorpusError) as error:
         reason = f"cannot be read: {' '.join(str(error).split())[:200]}"
         for lost in range(row + 1, unit.first_row + unit.num_rows):
-            yield Reject(unit.file, lost, STAGE, reason)
+            yield Reject(name, lost, STAGE, reason)

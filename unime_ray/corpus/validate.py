@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from unime_ray.config import CorpusConfig, Source
-from unime_ray.corpus.files import absolute_sources
+from unime_ray.corpus.files import absolute_sources, corpus_root
 from unime_ray.corpus.readers import read_unit, work_units
 from unime_ray.corpus.records import Record, Reject
 from unime_ray.corpus.resolve import Resolver
@@ -25,6 +25,8 @@ class CorpusReport:
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     rejects: list[Reject] = field(default_factory=list)
     limit: int | None = None
+    root: str | None = None
+    """What the sources of `rejects` are relative to."""
 
     @property
     def ok(self) -> bool:
@@ -40,6 +42,8 @@ class CorpusReport:
         bad = len(self.rejects)
         part = "" if self.limit is None else f" (at most {self.limit} a source)"
         lines.append(f"{self.rows} rows read{part}, {bad} bad; corpus.max_error_rate is {self.max_error_rate:.1%}")
+        if bad and self.root:
+            lines.append(f"files under {self.root}:")
         lines += [f"  {one.source}:{one.row}: {one.reason}" for one in self.rejects[:SHOWN_REASONS]]
         if bad > SHOWN_REASONS:
             lines.append(f"  ... and {bad - SHOWN_REASONS} more")
@@ -56,7 +60,7 @@ def validate_corpus(corpus: CorpusConfig, limit: int | None = None) -> CorpusRep
         CorpusError: a source is missing, unreadable, or lacks a column that the config names.
     """
     corpus = absolute_sources(corpus)
-    report = CorpusReport(corpus.max_error_rate, limit=limit)
+    report = CorpusReport(corpus.max_error_rate, limit=limit, root=corpus_root(corpus))
     for source in corpus.sources:
         seen: set[str] = set()
         for number, found in enumerate(_checked(source, corpus)):

@@ -22,7 +22,7 @@ import pyarrow as pa
 from unime_ray.artifacts import Manifest, Run, StageResult, filesystem, join, remove, run_stage
 from unime_ray.config import CorpusConfig, RunConfig
 from unime_ray.corpus.assemble import Corpus, digest, kept_batches
-from unime_ray.corpus.files import absolute_sources
+from unime_ray.corpus.files import absolute_sources, corpus_root
 from unime_ray.corpus.freshness import remember, signature, unchanged
 from unime_ray.corpus.lance_io import commit_fragments, write_fragments
 from unime_ray.corpus.readers import work_units
@@ -31,7 +31,7 @@ from unime_ray.corpus.units import STAGE, Unit
 from unime_ray.errors import CorpusError
 from unime_ray.schemas import EVAL_CANDIDATES, HARD_NEGATIVES, IMAGES, ITEMS, POOLS, QRELS, REJECTS
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 FIRST_REASONS = 10
 MAX_BLOCKS = 1000
 PART_ROWS, PART_BYTES = 65_536, 512 * 2**20
@@ -94,7 +94,7 @@ def _write_tables(run: Run, staged: Corpus, corpus: CorpusConfig) -> dict[str, M
     """Every table of the run, by artifact key. `rejects` comes first: it must be there if the corpus is too bad."""
     counts = {"rows": staged.num_rows, "rejected": staged.rejects.num_rows}
     manifests = {"rejects/ingest": _write_table(run, "rejects", STAGE, staged.rejects, REJECTS, counts)}
-    _check_share(run, staged, corpus.max_error_rate)
+    _check_share(run, staged, corpus)
     items, policy = staged.kept_items(), {"store_max_pixels": corpus.image.store_max_pixels}
     manifests["items"] = _write_payload(run, "items", ITEMS, staged, items, {})
     manifests["images"] = _write_payload(run, "images", IMAGES, staged, staged.kept_images(items), policy)
@@ -113,8 +113,9 @@ def _write_tables(run: Run, staged: Corpus, corpus: CorpusConfig) -> dict[str, M
     return manifests
 
 
-def _check_share(run: Run, staged: Corpus, limit: float) -> None:
+def _check_share(run: Run, staged: Corpus, corpus: CorpusConfig) -> None:
     """Raise CorpusError if too many rows, or all, are bad."""
+    limit, root = corpus.max_error_rate, corpus_root(corpus)
     bad, total = staged.rejects.num_rows, staged.num_rows
     if not total:
         raise CorpusError("the sources of the corpus hold no rows; check corpus.sources")
@@ -127,7 +128,7 @@ def _check_share(run: Run, staged: Corpus, limit: float) -> None:
     reasons = "".join(f"\n  {row['source']}:{row['row']}: {row['reason']}" for row in first)
     raise CorpusError(
         f"{bad} of {total} rows cannot be used ({bad / total:.1%}; corpus.max_error_rate is {limit:.1%}); "
-        f"all reasons are in {where}, the first:{reasons}"
+        f"all reasons are in {where}, the first{f' (files under {root})' if root else ''}:{reasons}"
     )
 
 
