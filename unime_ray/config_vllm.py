@@ -25,6 +25,8 @@ class VllmConfig(Section):
     max_num_seqs: Count = 256
     block_size: int | None = None
     """Tokens a block of the key-value cache holds; prefixes are shared in whole blocks (a CPU's default here: 32)."""
+    cache_blocks: int | None = None
+    """Blocks of the key-value cache (None: as many as memory allows)."""
     encoder_cache_tokens: int | None = None
     """Picture tokens whose features are kept across requests (None: `max_num_batched_tokens`)."""
     prefix_caching: bool = True

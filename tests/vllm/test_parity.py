@@ -13,6 +13,7 @@ from tests.unit.models_fixtures import FakeItem, make_item, mixed_items, picture
 from unime_ray.config import PixelBudget
 from unime_ray.config_vllm import VllmConfig
 from unime_ray.models.backbone import Backbone
+from unime_ray.models.canary import TOLERANCE
 from unime_ray.models.embedder import Embedder
 from unime_ray.models.embedder_vllm import VllmEmbedder
 from unime_ray.models.judge import Verdict
@@ -72,8 +73,9 @@ def logits(verdicts: Sequence[Sequence[Verdict]]) -> np.ndarray:
 
 def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
     assert len(found) >= 200 and expected[:, 2].std() > 0.003  # the pairs do differ
-    assert np.abs(found[:, 2] - expected[:, 2]).max() <= SCORE_TOLERANCE
-    assert np.abs(found[:, :2] - expected[:, :2]).max() <= LOGIT_TOLERANCE
+    score, logit = np.abs(found[:, 2] - expected[:, 2]).max(), np.abs(found[:, :2] - expected[:, :2]).max()
+    print(f"{len(found)} pairs, largest difference of a score {score:.1e}, of a logit {logit:.1e}")
+    assert score <= SCORE_TOLERANCE and logit <= LOGIT_TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,34 @@ def test_the_language_head_gives_the_same_logits(qwen2: Scene) -> None:
     scene = start(qwen2.folder, "logits")
     expected = TransformersJudge(scene.backbone).score_groups(mixed_groups())
     assert_same(logits(scene.judge.score_groups(mixed_groups())), logits(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["random", "tiny"])
+def test_bfloat16_stays_near(qwen2: Scene, model: str) -> None:
+    """Prints how far the engines are apart, and from float32: docs/vllm.md has the figures."""
+    name = "tiny" if model == "tiny" else str(qwen2.folder)
+    exact, half = (Backbone.load(name, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    judge = VllmJudge(Frontend.load(name), SETTINGS, dtype="bfloat16")
+    scores = {
+        "vLLM": logits(judge.score_groups(mixed_groups()))[:, 2],
+        "transformers": logits(TransformersJudge(half).score_groups(mixed_groups()))[:, 2],
+        "float32": logits(TransformersJudge(exact).score_groups(mixed_groups()))[:, 2],
+    }
+    for one, other in (("vLLM", "transformers"), ("vLLM", "float32"), ("transformers", "float32")):
+        gap = np.abs(scores[one] - scores[other])
+        print(f"{model} bfloat16 {one} - {other}: largest {gap.max():.4f}, mean {gap.mean():.5f}")
+        assert gap.max() <= TOLERANCE["bfloat16"]
+
+
+@pytest.mark.slow
+def test_a_larger_cache_of_picture_features_changes_no_score(qwen2: Scene) -> None:
+    larger = SETTINGS.model_copy(update={"encoder_cache_tokens": 20_000})
+    judge = VllmJudge(Frontend.load(str(qwen2.folder)), larger)
+    scheduler = judge.engine._engine.engine_core.engine_core.scheduler
+    assert scheduler.encoder_cache_manager.cache_size == 20_000
+    expected = TransformersJudge(qwen2.backbone).score_groups(mixed_groups())
+    assert_same(logits(judge.score_groups(mixed_groups())), logits(expected))
 
 
 @pytest.mark.slow

@@ -281,6 +281,8 @@ def _arguments(frontend: Frontend, settings: VllmConfig, max_tokens: int) -> dic
         chosen["gpu_memory_utilization"] = settings.gpu_memory_utilization
     if settings.tensor_parallel_size > 1:
         chosen["distributed_executor_backend"] = "mp"  # else vLLM would ask Ray for GPUs that the actor already holds
+    if settings.cache_blocks is not None:
+        chosen["num_gpu_blocks_override"] = settings.cache_blocks
     if settings.encoder_cache_tokens is not None:
         chosen["ec_manager_config"] = {
             "encoder_cache_manager_cls": ENCODER_CACHE,
