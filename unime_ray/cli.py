@@ -301,6 +301,22 @@ def export_corpus(
 
 
 @app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    to: Annotated[str, typer.Option("--to", help="Folder or s3:// address to write to, a folder a model.")],
+    name: Annotated[str, typer.Option("--name", help="Only this embedder or reranker.")] = "",
+    licence: Annotated[
+        str, typer.Option("--licence", help="What the model cards state, for instance apache-2.0.")
+    ] = "",
+) -> None:
+    """Write trained models for transformers, sentence-transformers and vLLM, each with adapter and model card."""
+    from unime_ray.export import export_run
+
+    for model in export_run(Run(folder), to, name, licence):
+        console.print(f"{model.kind} {model.name}: {model.uri}   ({', '.join(model.libraries)})", soft_wrap=True)
+
+
+@app.command()
 def presets() -> None:
     """List the configs that ship in the package: run one with --config NAME, or start a file with `extends: NAME`."""
     table = Table(box=None, pad_edge=False, show_header=False)
