@@ -51,7 +51,19 @@ def train(root: Path, name: str, section: dict[str, Any], start_from: str | None
         worker.export(stepper, setting, job)
     except Stop:
         pass
+    if stepper.sharded:
+        assert_split(stepper)
     return [line["loss"] for line in log.lines]
+
+
+def assert_split(stepper: Any) -> None:
+    """This rank holds half of the language model's weights and of the optimizer's moments, to one row."""
+    weights = [weight for name, weight in stepper.module.named_parameters() if ".visual." not in name]
+    moments = [value for state in stepper.optimizer.state.values() for value in state.values() if value.ndim]
+    assert len(moments) == 2 * len(stepper.optimizer.state) > 0
+    for tensors in (weights, moments):
+        own, whole = (sum(t.numel() for t in found) for found in ([t.to_local() for t in tensors], tensors))
+        assert abs(own / whole - 0.5) < 0.02
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 
 from unime_ray.config import TrainConfig
 from unime_ray.errors import ConfigError
@@ -14,6 +15,12 @@ from unime_ray.train import job
 from unime_ray.train.launch import progress_numbers
 from unime_ray.train.log import StepLog, read_log
 from unime_ray.train.trackers import FOLDER, Trackers
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> None:
+    """accelerate's trackers ask which process this is; whoever asks first settles the device for the session."""
+    PartialState(cpu=True)
 
 
 def records_of(log: bytes) -> Iterator[bytes]:

@@ -223,8 +223,9 @@ def _log(log: StepLog | None, line: dict[str, Any], batch: StepBatch[Any], secon
 
 def peak_memory_mb() -> int:
     """The most this process has held so far: of its GPU's memory if it has one, else of the machine's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() >> 20
+    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    if on_gpu:
+        return on_gpu >> 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
