@@ -61,7 +61,7 @@ def on_ranks(
         for rank in range(world)
     ]
     try:
-        assert [process.wait(timeout=240) for process in processes] == [0] * world
+        assert [process.wait(timeout=900) for process in processes] == [0] * world
     finally:
         for process in processes:
             process.kill()
@@ -119,6 +119,7 @@ def test_gradient_caching_repeats_the_dropout_of_its_first_pass(scene):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_give_the_gradient_of_one_process(scene, tmp_path, world):
     # Five queries: ranks have unequal shares, and unequal numbers of micro-batches.
@@ -133,6 +134,7 @@ def test_ranks_give_the_gradient_of_one_process(scene, tmp_path, world):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_sharded_weights_give_the_gradient_of_one_process(scene, tmp_path):
     """FSDP: ranks have unequal shares, micro-batches and rows, yet must make equally many passes."""
     changes = {"batch_queries": 5, "micro_batch_queries": 2, "strategy": "fsdp"}

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from tests.distributed.scene import SECTION, build_scene
 from tests.distributed.test_gradients import on_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 BATCHES = {"steps": 4, "batch_queries": 5, "micro_batch_queries": 2, "checkpoint_every": 2}
 ALL = SECTION | BATCHES | {"loss": "hybrid", "lora": {"rank": 0}, "learning_rate": 1e-3}
 LORA = SECTION | BATCHES | {"lora": {"rank": 4, "alpha": 8.0, "dora": True}, "dtype": "bfloat16"}
