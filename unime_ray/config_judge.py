@@ -78,6 +78,15 @@ class JudgeConfig(Section):
     """Oracle: folder with `truth.parquet` and `truth_items.parquet`."""
     noise_auc: Annotated[float, Field(gt=0.5, le=1.0)] = 1.0
     """Oracle: noise its scores until its AUC is this (1.0: no noise)."""
+    cache: str | None = None
+    """Folder (or `s3://`) of scores shared with other runs: known pairs are not judged again, new ones are added."""
+    calibration: Literal["none", "platt", "isotonic"] = "none"
+    """Turn scores into probabilities before select, fitted on `calibration_labels`."""
+    calibration_labels: str | None = None
+    """A truth folder, or a table (Parquet, CSV, JSONL) with `query_id`, `candidate_id` in hex and `relevant`.
+    None: the declared positives against the mined candidates, hidden positives among these included."""
+    calibrate: Literal["both", "selection", "targets"] = "both"
+    """Where calibrated scores stand: in the false-negative filter, in the targets of training, or in both."""
     max_error_rate: Fraction = 0.05
     vllm: VllmConfig = VllmConfig()
     canary: str | None = None
@@ -105,4 +114,6 @@ class JudgeConfig(Section):
             raise ValueError(
                 f"`instruction` is for prompt `qwen3_vl_reranker`; prompt `{self.prompt}` has its own words"
             )
+        if self.calibration_labels is not None and self.calibration == "none":
+            raise ValueError("`calibration_labels` without a calibration: set `calibration: platt` or `isotonic`")
         return self

@@ -81,9 +81,12 @@ def check_sources(config: RunConfig) -> None:
 
 
 def check_truth(config: RunConfig) -> None:
-    """Raise unless every truth table that the config names is there."""
+    """Raise unless every truth table and every table of labels that the config names is there."""
     named = {f"judges.{name}.truth": judge.truth for name, judge in config.judges.items()}
     named["evaluate.truth"] = config.evaluate.truth
+    for name, judge in config.judges.items():
+        if judge.calibration_labels is not None and not _is_there(judge.calibration_labels):
+            raise ConfigError(f"judges.{name}.calibration_labels: no such file or folder: {judge.calibration_labels}")
     for key, folder in named.items():
         if folder is not None and not (Path(folder) / "truth.parquet").is_file():
             raise ConfigError(f"{key}: {folder} holds no truth.parquet")
@@ -124,6 +127,11 @@ def check_duplicates(config: RunConfig) -> None:
     """Raise unless the library for perceptual hashes is there, if the config asks for them."""
     if "phash" in config.duplicates.methods and importlib.util.find_spec("imagehash") is None:
         raise ConfigError("duplicates.methods: `phash` needs imagehash: pip install 'unime-ray[dedup]'")
+
+
+def _is_there(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return bool(fs.get_file_info(path).type.name != "NotFound")
 
 
 def check_models(config: RunConfig) -> None:

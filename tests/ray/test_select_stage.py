@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,10 +11,12 @@ import pytest
 from mining_run import settings
 
 from unime_ray.artifacts import Manifest, Run
-from unime_ray.errors import ArtifactError
+from unime_ray.calibration import Calibration, fit_calibration
+from unime_ray.config import SelectConfig
+from unime_ray.errors import ArtifactError, ConfigError
 from unime_ray.schemas import CANDIDATES, HARD_NEGATIVES, JUDGEMENTS
 from unime_ray.selection import query_rng, select_negatives
-from unime_ray.stages.select import run_select
+from unime_ray.stages.select import run_select, select_query
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -135,3 +138,56 @@ def test_pairs_that_were_not_judged_are_told(tmp_path: Path) -> None:
     run = saved(tmp_path / "run", candidates, judgements[:-1])
     with pytest.raises(ArtifactError, match="21 judgements for 22 pairs"):
         run_select(run, settings(run, judges={"tiny": {}}), "tiny")
+
+
+@pytest.mark.parametrize("use", ["both", "selection", "targets"])
+def test_calibrated_scores_stand_where_they_are_asked_for(use: str) -> None:
+    candidates, judgements = tables(5)
+    calibration, settings = Calibration("platt", 0.5, -1.0, use=use), SelectConfig(beta=0.2, num_negatives=3)
+    checked = 0
+    for row in candidates:
+        mine = [one for one in judgements if one["query_id"] == row["query_id"]]
+        raw = {one["candidate_id"]: one["score"] for one in mine}
+        mapped = {item: calibration.one(score) for item, score in raw.items()}
+        seen, written = (raw if use == "targets" else mapped), (raw if use == "selection" else mapped)
+        for line in select_query(row, mine, settings, Counter(), calibration):
+            positive = line["positive_id"]
+            similarity = row["positive_similarities"][row["positive_ids"].index(positive)]
+            scores = [seen[item] for item in row["candidate_ids"]]
+            rng = query_rng(0, row["query_id"] + positive)
+            chosen = select_negatives(
+                row["candidate_ids"], row["similarities"], scores, seen[positive], similarity, settings, rng
+            )
+            assert line["negative_ids"] == chosen.ids and line["positive_score"] == written[positive]
+            assert line["negative_scores"] == [written[item] for item in chosen.ids]
+            checked += 1
+    assert checked > 20
+
+
+def test_a_labelled_table_calibrates(tmp_path: Path) -> None:
+    candidates, judgements = tables(6)
+    run = saved(tmp_path / "run", candidates, judgements)
+    kept = [row for row in judgements if row["score"] is not None][:200]
+    lines = [f"{row['query_id'].hex()},{row['candidate_id'].hex()},{int(row['score'] > 0.4)}" for row in kept]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("\n".join(["query_id,candidate_id,relevant", *lines]))
+    judge = {"calibration": "isotonic", "calibration_labels": str(labels)}
+    manifest = run_select(run, settings(run, judges={"tiny": judge}), "tiny")
+    scores = [row["score"] for row in kept]
+    expected = fit_calibration("isotonic", scores, [score > 0.4 for score in scores])
+    stored = Calibration.from_json(Path(run.artifact("hard_negatives", "tiny").child("calibration.json")).read_text())
+    assert stored.pairs == manifest.counts["calibration_pairs"] == 200
+    assert stored.apply([0.1, 0.39, 0.5]) == pytest.approx(expected.apply([0.1, 0.39, 0.5]), abs=1e-5)
+    raw = {(row["query_id"], row["candidate_id"]): row["score"] for row in judgements}
+    for (query, _), row in read(run).items():
+        wanted = stored.apply([raw[query, item] for item in row["negative_ids"]])
+        assert row["negative_scores"] == pytest.approx(wanted, abs=1e-6)
+    assert run_select(run, settings(run, judges={"tiny": judge}), "tiny") == manifest
+    labels.write_text("\n".join(["query_id,candidate_id,relevant", *lines[:-1]]))
+    assert run_select(run, settings(run, judges={"tiny": judge}), "tiny").fingerprint != manifest.fingerprint
+    labels.write_text("query_id,candidate_id\n00,11\n")
+    with pytest.raises(ConfigError, match="not a table of query_id, candidate_id, relevant"):
+        run_select(run, settings(run, judges={"tiny": judge}), "tiny")
+    unlabelled = {"calibration": "platt", "calibration_labels": str(tmp_path / "none.csv")}
+    with pytest.raises(ConfigError, match="no such file: .*none.csv"):
+        run_select(run, settings(run, judges={"tiny": unlabelled}), "tiny")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from synthetic_run import EVIL, SyntheticRun, full_run
 
+from unime_ray.artifacts import write_text
+from unime_ray.calibration import fit_calibration
 from unime_ray.config import SelectConfig
 from unime_ray.report import run_report
 from unime_ray.report.build import duration, number, render
@@ -17,6 +19,7 @@ from unime_ray.report.charts import axis, histogram, interval_chart, line_chart,
 from unime_ray.report.fates import load_mined, why
 from unime_ray.report.gallery import choose
 from unime_ray.report.pictures import Pictures
+from unime_ray.report.sections import _reason_kind
 from unime_ray.selection import FALSE_NEGATIVE, KEPT, SPARE
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -197,3 +200,41 @@ def test_charts_place_their_data() -> None:
 def test_numbers_as_people_read_them() -> None:
     assert [number(value) for value in (0, 12345, 0.5, None, "x")] == ["0", "12\u2009345", "0.500", "–", "x"]
     assert [duration(value) for value in (0.42, 59.6, 61, 3700)] == ["0.4 s", "1 min 00 s", "1 min 01 s", "1 h 01 min"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        ("positive: picture not found: /data/a.png", "positive: picture not found"),
+        ("negative 3: text has 9 characters", "negative: text has 9 characters"),
+        ("image cannot be decoded: x", "image cannot be decoded"),
+        ("query:", "query"),
+        ("nothing", "nothing"),
+    ],
+)
+def test_reasons_are_told_apart_by_what_happened(reason: str, kind: str) -> None:
+    assert _reason_kind(reason) == kind
+
+
+def test_the_judges_page_shows_the_filter_over_beta_and_calibration(tmp_path: Path) -> None:
+    made = SyntheticRun(tmp_path, 24).corpus().mining()
+    rows = made.run.artifact("judgements", "tiny").read().to_pylist()
+    scores, relevant = [row["score"] for row in rows], [row["is_positive"] for row in rows]
+    calibration = fit_calibration("platt", scores, relevant)
+    write_text(made.run.artifact("hard_negatives", "tiny").child("calibration.json"), calibration.to_json())
+    made.training().evaluation()
+    found = json.loads((Path(made.run.root) / "metrics" / "judges.json").read_text())
+    tiny, oracle = found["tiny"], found["oracle"]
+    assert oracle["calibrated"] is None and tiny["calibrated"]["method"] == "platt"
+    for one in (tiny, oracle):
+        sweep = {row["beta"]: row for row in one["sweep"]}
+        assert {key: sweep[0.01][key] for key in ("precision", "recall", "flagged")} == {
+            key: one[key] for key in ("precision", "recall", "flagged")
+        }
+        flagged = [row["flagged"] for row in one["sweep"]]
+        assert flagged == sorted(flagged) and len(flagged) == 30, "a wider margin flags more"
+        recalls = [row["recall"] for row in one["sweep"]]
+        assert recalls == sorted(recalls) and recalls[-1] > recalls[0]
+    page, _ = render(made.run, made.config)
+    assert page.count('class="area sweep"') == 2 and page.count("after platt calibration") == 1
+    assert "on calibrated scores" in page

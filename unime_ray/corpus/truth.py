@@ -12,12 +12,16 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unime_ray.artifacts import filesystem, join
+from unime_ray.artifacts import Run, filesystem, join
 from unime_ray.corpus.files import read_picture
+from unime_ray.corpus.lance_io import open_lance
 from unime_ray.errors import CorpusError, RejectedRow
 from unime_ray.ids import image_id
 
 MAX_BYTES = 2**30
+RELEVANT = 0.999
+"""A pair at least so relevant is relevant: the same concept, not a relative of it."""
+TRUTH_FILES = ("truth.parquet", "truth_items.parquet")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,14 @@ class Truth:
         if concept_a is None or concept_b is None:
             return 0.0
         return 1.0 if concept_a == concept_b else self.pairs.get((concept_a, concept_b), 0.0)
+
+
+def concepts_of(run: Run, truth: Truth) -> dict[bytes, str]:
+    """The concept of each of the run's items that the truth table knows, by item id."""
+    table = open_lance(run.artifact("items").data_uri).to_table(columns=["item_id", "text", "image_id"])
+    columns = (table[name].to_pylist() for name in ("item_id", "text", "image_id"))
+    found = ((item, truth.concept(text, image)) for item, text, image in zip(*columns, strict=True))
+    return {item: concept for item, concept in found if concept is not None}
 
 
 def _read(folder: str, name: str, columns: tuple[str, ...]) -> list[tuple]:

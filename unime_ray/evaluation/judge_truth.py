@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from unime_ray.artifacts import Artifact, Run, filesystem
+from unime_ray.artifacts import Artifact, Run, filesystem, read_text
+from unime_ray.calibration import Calibration
 from unime_ray.config import RunConfig
-from unime_ray.corpus.lance_io import open_lance
-from unime_ray.corpus.truth import Truth
+from unime_ray.corpus.truth import RELEVANT, TRUTH_FILES, Truth, concepts_of
 from unime_ray.metrics import auc, calibration_error, precision_recall, reliability_bins
 
-RELEVANT = 0.999
-TRUTH_FILES = ("truth.parquet", "truth_items.parquet")
+BETAS = tuple(round(-0.5 + 0.05 * step, 2) for step in range(29))
+"""Margins that the filter is measured at, besides the run's own."""
 
 
 def truth_inputs(run: Run, config: RunConfig) -> tuple[list[Artifact], dict[str, str]]:
@@ -35,7 +35,10 @@ def truth_inputs(run: Run, config: RunConfig) -> tuple[list[Artifact], dict[str,
         with fs.open_input_stream(path) as stream:
             hasher.update(stream.read())
     judged = [run.artifact("judgements", judge) for judge in config.judges]
-    return [one for one in judged if one.manifest() is not None], {"truth": hasher.hexdigest()}
+    found = [one for one in judged if one.manifest() is not None]
+    extra = {"truth": hasher.hexdigest(), "beta": str(config.select.beta)}
+    extra |= {f"calibration/{one.name}": str(_calibration(run, one)) for one in found}
+    return found, extra
 
 
 def measure_judges(run: Run, config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -44,39 +47,75 @@ def measure_judges(run: Run, config: RunConfig) -> dict[str, dict[str, Any]]:
     if not artifacts or config.evaluate.truth is None:
         return {}
     truth = Truth.load(config.evaluate.truth)
-    concepts = _concepts(run, truth)
-    return {str(one.name): measure(one.read(), concepts, truth, config.select.beta) for one in artifacts}
+    concepts = concepts_of(run, truth)
+    found = {}
+    for one in artifacts:
+        found[str(one.name)] = measure(one.read(), concepts, truth, config.select.beta, _calibration(run, one))
+    return found
 
 
-def measure(table: pa.Table, concepts: dict[bytes, str], truth: Truth, beta: float) -> dict[str, Any]:
+def _calibration(run: Run, judged: Artifact) -> Calibration | None:
+    """What select fitted for this judge, if it did."""
+    text = read_text(run.artifact("hard_negatives", judged.name).child("calibration.json"))
+    return None if text is None else Calibration.from_json(text)
+
+
+def measure(
+    table: pa.Table,
+    concepts: dict[bytes, str],
+    truth: Truth,
+    beta: float,
+    calibration: Calibration | None = None,
+) -> dict[str, Any]:
     """Numbers of one judge over its `judgements` table.
 
     `auc` is over all pairs, declared positives included; `hidden_auc` over the mined candidates alone. `precision`
-    and `recall` are those of the filter score > sigma(q, c+) - beta in finding hidden positives; the false
-    negative rates are the share of hidden positives among the candidates before and after it.
+    and `recall` are those of the filter score > sigma(q, c+) - beta in finding hidden positives, `sweep` has them
+    over beta; the false negative rates are the share of hidden positives among the candidates before and after it.
+    With a calibration that select used, the filter sees calibrated scores, and `calibrated` has their reliability.
     """
     pairs = _known_pairs(table, concepts, truth)
     relevant, positive, score = pairs["relevant"], pairs["is_positive"], pairs["score"]
     hidden, mined = relevant & ~positive, ~positive
-    compared = mined & ~np.isnan(pairs["positive_score"])
-    flagged = score > pairs["positive_score"] - beta
-    precision, recall = precision_recall(flagged[compared], hidden[compared])
-    bins = reliability_bins(score, relevant)
-    return {
+    found = {
         "pairs": len(score),
         "unknown_pairs": table.num_rows - len(score),
         "queries": pairs["queries"],
         "hidden_positives": int(hidden.sum()),
-        "flagged": int(flagged[compared].sum()),
         "auc": auc(score[relevant], score[~relevant]),
         "hidden_auc": auc(score[hidden], score[mined & ~hidden]),
+        "calibrated": None,
+    }
+    found |= _reliability(score, relevant)
+    best = pairs["positive_score"]
+    if calibration is not None:
+        probability = calibration.apply(score)
+        described = {"method": calibration.method, "use": calibration.use, "pairs": calibration.pairs}
+        found["calibrated"] = described | _reliability(probability, relevant)
+        if calibration.use != "targets":
+            score, best = probability, calibration.apply(best)
+    compared = mined & ~np.isnan(best)
+    gap, wanted = (score - best)[compared], hidden[compared]
+    found |= _filter(gap, wanted, beta) | {"beta": beta, "false_negative_rate_before": _share(hidden[mined])}
+    return found | {"sweep": [_filter(gap, wanted, one) | {"beta": one} for one in sorted({*BETAS, beta})]}
+
+
+def _filter(gap: np.ndarray, hidden: np.ndarray, beta: float) -> dict[str, Any]:
+    """The filter score - sigma(q, c+) > -beta against what is hidden, over the mined candidates."""
+    flagged = gap > -beta
+    precision, recall = precision_recall(flagged, hidden)
+    after = _share(hidden[~flagged])
+    return {
+        "flagged": int(flagged.sum()),
         "precision": precision,
         "recall": recall,
-        "false_negative_rate_before": _share(hidden[mined]),
-        "false_negative_rate_after": _share(hidden[compared & ~flagged]),
-        "calibration_error": calibration_error(bins),
-        "bins": [asdict(one) for one in bins],
+        "false_negative_rate_after": after,
     }
+
+
+def _reliability(score: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:
+    bins = reliability_bins(score, relevant)
+    return {"calibration_error": calibration_error(bins), "bins": [asdict(one) for one in bins]}
 
 
 def _share(values: np.ndarray) -> float | None:
@@ -100,10 +139,3 @@ def _known_pairs(table: pa.Table, concepts: dict[bytes, str], truth: Truth) -> d
         "positive_score": np.array([best.get(row[0], np.nan) for row in kept], dtype=np.float64),
         "queries": len({row[0] for row in kept}),
     }
-
-
-def _concepts(run: Run, truth: Truth) -> dict[bytes, str]:
-    table = open_lance(run.artifact("items").data_uri).to_table(columns=["item_id", "text", "image_id"])
-    columns = (table[name].to_pylist() for name in ("item_id", "text", "image_id"))
-    found = ((item, truth.concept(text, image)) for item, text, image in zip(*columns, strict=True))
-    return {item: concept for item, concept in found if concept is not None}

@@ -23,7 +23,7 @@ from unime_ray.report.pictures import Instructions, Pictures
 from unime_ray.report.results import results_section
 from unime_ray.report.sections import corpus_section, manifests, provenance, stage_rows, training_curves
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 FILE = "report.html"
 
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from unime_ray.artifacts import Artifact, Run, filesystem
+from unime_ray.artifacts import Artifact, Run, filesystem, read_text
+from unime_ray.calibration import Calibration
 from unime_ray.config import SelectConfig
 from unime_ray.selection import DELTA, FALSE_NEGATIVE, KEPT, POSITIVE, SPARE, UNSCORED, query_rng, select_negatives
 
@@ -56,6 +57,9 @@ def load_mined(run: Run, judge: str, query_ids: Sequence[bytes], config: SelectC
     scores: dict[tuple[bytes, bytes], float | None] = {}
     for row in rows_of(run.artifact("judgements", judge), query_ids).to_pylist():
         scores[row["query_id"], row["candidate_id"]] = row["score"]
+    text = read_text(run.artifact("hard_negatives", judge).child("calibration.json"))
+    if text is not None and (calibration := Calibration.from_json(text)).use != "targets":
+        scores = {pair: calibration.one(score) for pair, score in scores.items()}  # as the rule saw them
     kept: dict[bytes, dict[str, Any]] = {}
     negatives = run.artifact("hard_negatives", judge)
     if negatives.manifest() is not None:

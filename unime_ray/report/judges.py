@@ -9,7 +9,7 @@ import numpy as np
 
 from unime_ray.artifacts import Run, read_text
 from unime_ray.config import RunConfig
-from unime_ray.report.charts import axis, histogram, score_counts
+from unime_ray.report.charts import axis, histogram, path, score_counts
 from unime_ray.report.fates import load_mined
 from unime_ray.selection import DELTA, FALSE_NEGATIVE, KEPT, SPARE
 
@@ -71,11 +71,32 @@ def _distributions(run: Run, judge: str, config: RunConfig) -> dict[str, Any]:
 def _truth(found: dict[str, Any] | None) -> dict[str, Any] | None:
     if found is None:
         return None
-    largest = max((one["count"] for one in found["bins"]), default=1)
-    points = [
+    calibrated = found.get("calibrated")
+    extra = {"points": _points(found["bins"]), "sweep_chart": _sweep(found), "calibrated": calibrated}
+    return found | extra | {"calibrated_points": _points(calibrated["bins"]) if calibrated else []}
+
+
+def _points(bins: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bins of a reliability diagram as dots: mean score to the right, share relevant up, area by count."""
+    largest = max((one["count"] for one in bins), default=1)
+    return [
         one
         | {"x": 100 * one["mean_score"], "y": 100 - 100 * one["share_true"]}
         | {"radius": 1.6 + 3.4 * float(np.sqrt(one["count"] / largest))}
-        for one in found["bins"]
+        for one in bins
     ]
-    return found | {"points": points}
+
+
+def _sweep(found: dict[str, Any]) -> dict[str, Any] | None:
+    """Precision and recall of the false-negative filter over beta, and where the run's own beta stands."""
+    rows = found.get("sweep")
+    if not rows:
+        return None
+    x_axis, y_axis = axis(rows[0]["beta"], rows[-1]["beta"], wanted=6, fit=False), axis(0.0, 1.0, wanted=2)
+
+    def line(name: str) -> str:
+        known = [row for row in rows if row[name] is not None]
+        return path([(x_axis.place(row["beta"]), 100 - y_axis.place(row[name])) for row in known])
+
+    lines = {name: line(name) for name in ("precision", "recall")}
+    return {"x": x_axis, "y": y_axis, "at": x_axis.place(found["beta"]), "beta": found["beta"]} | lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections import Counter
 from importlib import metadata
 from typing import Any
@@ -22,6 +23,8 @@ FLOW = (
 )
 LIBRARIES = ("ray", "torch", "transformers", "peft", "pyarrow", "numpy")
 REASONS_SHOWN = 10
+SIDE = re.compile(r"(query|positive|negative|candidate|item)(?: \d+)?")
+"""How a reject's reason names the side of a row that it is about."""
 
 
 def manifests(run: Run) -> dict[str, Manifest]:
@@ -74,8 +77,16 @@ def _rejects(run: Run, found: dict[str, Manifest]) -> list[dict[str, Any]]:
 
 
 def _reason_kind(reason: str) -> str:
-    """The reason without what is peculiar to one row: its part before the first colon."""
-    return reason.split(":")[0].strip()
+    """The reason without what is peculiar to one row: its part before the colon.
+
+    `positive: picture not found: x.png` names the side of the row first; what happened to it comes before the second
+    colon then.
+    """
+    head, _, rest = reason.partition(":")
+    side = SIDE.fullmatch(head.strip())
+    if side is None or not rest.strip():
+        return head.strip()
+    return f"{side[1]}: {rest.split(':')[0].strip()}"
 
 
 def stage_rows(found: dict[str, Manifest]) -> list[dict[str, Any]]:

@@ -16,12 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unime_ray.artifacts import Artifact, Manifest, Run, StageResult, filesystem, remove, run_stage
-from unime_ray.config import RunConfig, SelectConfig
+from unime_ray.artifacts import Artifact, Manifest, Run, StageResult, filesystem, remove, run_stage, write_text
+from unime_ray.calibration import Calibration
+from unime_ray.config import JudgeConfig, RunConfig, SelectConfig
 from unime_ray.errors import ArtifactError, ConfigError
 from unime_ray.ids import show
 from unime_ray.schemas import HARD_NEGATIVES, JUDGEMENTS, conform
-from unime_ray.selection import query_rng, select_negatives
+from unime_ray.selection import Selection, query_rng, select_negatives
+from unime_ray.stages.calibrate import FILE, fit_judge, labels_digest
 from unime_ray.stages.candidates import CandidateRows
 from unime_ray.stages.engine import blocks_of, map_tasks, parquet_files, stage_context
 
@@ -29,6 +31,9 @@ CODE_VERSION = 1
 FILES_PER_TASK = 64
 FALLBACK_WARNING = 0.01
 """Share of queries without a candidate above which the run says so (the paper has fewer than 1 %)."""
+
+Scores = dict[tuple[bytes, bool], float | None]
+"""By (candidate id, whether it is a positive)."""
 
 log = logging.getLogger(__name__)
 
@@ -42,22 +47,31 @@ def run_select(run: Run, config: RunConfig, judge_name: str) -> Manifest:
     """
     if judge_name not in config.judges:
         raise ConfigError(f"judges: no judge {judge_name!r}; the config has {', '.join(config.judges)}")
+    judge = config.judges[judge_name]
     judgements, candidates = run.artifact("judgements", judge_name), run.artifact("candidates", "base")
     artifact = run.artifact("hard_negatives", judge_name)
+    calibrated = judge.calibration != "none"
+    told = judge.model_dump(mode="json", include={"calibration", "calibrate"}) if calibrated else {}
     return run_stage(
         artifact,
         stage="select",
         code_version=CODE_VERSION,
-        config=config.select.model_dump(mode="json"),
+        config=config.select.model_dump(mode="json") | told,
         inputs=[judgements, candidates],
-        build=lambda: _build(config.select, judgements, candidates, artifact),
+        extra_inputs={"labels": labels_digest(judge)} if calibrated else None,
+        build=lambda: _build(run, config.select, judge, artifact),
     )
 
 
-def _build(settings: SelectConfig, judgements: Artifact, candidates: Artifact, artifact: Artifact) -> StageResult:
+def _build(run: Run, settings: SelectConfig, judge: JudgeConfig, artifact: Artifact) -> StageResult:
     remove(artifact.data_uri)
+    judgements, candidates = run.artifact("judgements", artifact.name), run.artifact("candidates", "base")
+    calibration = fit_judge(run, judge, judgements)
+    if calibration is not None:
+        write_text(artifact.child(FILE), calibration.to_json())
     paths, _ = parquet_files(judgements.data_uri)
     arguments = {
+        "calibration": calibration,
         "settings": settings,
         "judgements": judgements,
         "candidates": CandidateRows(candidates.data_uri),
@@ -72,6 +86,8 @@ def _build(settings: SelectConfig, judgements: Artifact, candidates: Artifact, a
     if not counts["rows"]:
         artifact.write(HARD_NEGATIVES.empty_table(), HARD_NEGATIVES)
     _warn(counts)
+    if calibration is not None:
+        counts["calibration_pairs"], counts["calibration_positives"] = calibration.pairs, calibration.positives
     return StageResult(rows=counts.pop("rows", 0), counts=dict(sorted(counts.items())))
 
 
@@ -91,7 +107,12 @@ def _warn(counts: Counter[str]) -> None:
 
 
 def select_files(
-    batch: pa.Table, settings: SelectConfig, judgements: Artifact, candidates: CandidateRows, artifact: Artifact
+    batch: pa.Table,
+    settings: SelectConfig,
+    judgements: Artifact,
+    candidates: CandidateRows,
+    artifact: Artifact,
+    calibration: Calibration | None = None,
 ) -> pa.Table:
     """Ray Data: (path of a file of judgements) -> (counts as JSON); the rows go into the artifact, file by file."""
     counts: Counter[str] = Counter()
@@ -101,7 +122,7 @@ def select_files(
         judged = {query: list(rows) for query, rows in groupby(table.to_pylist(), key=lambda row: row["query_id"])}
         lines: list[dict[str, Any]] = []
         for row in candidates.take(list(judged)).to_pylist():
-            lines += select_query(row, judged[row["query_id"]], settings, counts)
+            lines += select_query(row, judged[row["query_id"]], settings, counts, calibration)
         counts["rows"] += len(lines)
         if lines:
             name = path.rsplit("/", 1)[-1].removesuffix(".parquet")
@@ -110,19 +131,25 @@ def select_files(
 
 
 def select_query(
-    candidates: dict[str, Any], judged: list[dict[str, Any]], settings: SelectConfig, counts: Counter[str]
+    candidates: dict[str, Any],
+    judged: list[dict[str, Any]],
+    settings: SelectConfig,
+    counts: Counter[str],
+    calibration: Calibration | None = None,
 ) -> list[dict[str, Any]]:
     """`hard_negatives` rows of one query, one per positive; adds to `counts`.
 
     Args:
         candidates: the query's row of `candidates`.
         judged: its rows of `judgements`.
+        calibration: makes probabilities of scores, for the rule, for what is written, or for both.
 
     Raises:
         ArtifactError: a candidate or positive was not judged.
     """
     query = candidates["query_id"]
-    scores = {(row["candidate_id"], row["is_positive"]): row["score"] for row in judged}
+    raw = {(row["candidate_id"], row["is_positive"]): row["score"] for row in judged}
+    scores, targets = _views(raw, calibration)
     wanted = [(item, False) for item in candidates["candidate_ids"]]
     wanted += [(item, True) for item in candidates["positive_ids"]]
     missing = [item for item in wanted if item not in scores]
@@ -153,11 +180,25 @@ def select_query(
                 {
                     "query_id": query,
                     "positive_id": positive,
-                    "positive_score": score,
+                    "positive_score": targets[(positive, True)],
                     "negative_ids": chosen.ids,
-                    "negative_scores": chosen.scores,
+                    "negative_scores": _targets(chosen, targets),
                     "negative_similarities": chosen.similarities,
                     "negative_reasons": chosen.reasons,
                 }
             )
     return lines
+
+
+def _views(raw: Scores, calibration: Calibration | None) -> tuple[Scores, Scores]:
+    """(scores the rule sees, scores that are written)."""
+    if calibration is None:
+        return raw, raw
+    found = {pair: calibration.one(score) for pair, score in raw.items()}
+    return raw if calibration.use == "targets" else found, raw if calibration.use == "selection" else found
+
+
+def _targets(chosen: Selection, targets: Scores) -> list[float | None]:
+    """What is written for each negative; the fallback's own score stays."""
+    drawn = zip(chosen.ids, chosen.scores, chosen.reasons, strict=True)
+    return [score if reason == "fallback" else targets[(item, False)] for item, score, reason in drawn]
