@@ -91,6 +91,10 @@ class EvaluateConfig(Section):
     seed: int = 0
 
 
+IMPORTED = "imported"
+"""In place of a judge's name: the hard negatives that a source of the corpus brought along."""
+
+
 class RunConfig(Section):
     run: str = "runs/unnamed"
     corpus: CorpusConfig = CorpusConfig()
@@ -107,11 +111,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _judges_exist(self) -> RunConfig:
+        if IMPORTED in self.judges:
+            raise ValueError("judges: `imported` stands for hard negatives that the corpus brings; take another")
         for kind, trained in (("embedders", self.embedders), ("rerankers", self.rerankers)):
             for name, section in trained.items():
-                if section.judge is not None and section.judge not in self.judges:
+                if section.judge not in (None, IMPORTED, *self.judges):
                     raise ValueError(
-                        f"{kind}.{name}.judge: no judge {section.judge!r}{nearest(section.judge, self.judges)}"
+                        f"{kind}.{name}.judge: no judge {section.judge!r}{nearest(str(section.judge), self.judges)}"
                     )
         return self
 
@@ -149,7 +155,7 @@ class RunConfig(Section):
 
     def judge_of(self, section: TrainConfig) -> str:
         """Name of the judge whose negatives `section` trains on."""
-        return section.judge if section.judge is not None else next(iter(self.judges))
+        return section.judge if section.judge is not None else next(iter(self.judges), IMPORTED)
 
 
 def nearest(name: str, valid: Any) -> str:

@@ -40,8 +40,13 @@ def recipe(run: Run, config: RunConfig) -> Iterator[Step]:
 
 
 def mining(run: Run, config: RunConfig) -> Iterator[Step]:
-    """Corpus to hard negatives: ingest, embed, retrieve, then judge and select once per judge."""
+    """Corpus to hard negatives: ingest, embed, retrieve, then judge and select once per judge.
+
+    Without judges the hard negatives are those the corpus brings, and nothing is mined.
+    """
     yield Step("ingest", None, lambda: _ingest(run, config))
+    if not config.judges:
+        return
     yield Step("embed", None, lambda: _embed(run, config))
     if config.duplicates.methods:
         yield Step("duplicates", None, lambda: _duplicates(run, config))

@@ -133,3 +133,15 @@ def test_embedders_are_trained_after_what_they_start_from(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("embedders: {c: {start_from: b}, a: {}, b: {start_from: a}}")
     assert load_config(str(path)).training_order() == ["a", "b", "c"]
+
+
+def test_imported_negatives_stand_for_a_judge() -> None:
+    from unime_ray.artifacts import Run
+    from unime_ray.pipeline import recipe
+
+    config = RunConfig(judges={}, embedders={"mine": {"loss": "judge_kl"}, "same": {"judge": "imported"}})  # type: ignore[arg-type]
+    assert [config.judge_of(section) for section in config.embedders.values()] == ["imported", "imported"]
+    stages = [step.stage for step in recipe(Run("r"), config)]
+    assert stages == ["ingest", "train-embedder", "train-embedder", "evaluate", "report"]
+    with pytest.raises(ValueError, match="`imported` stands for hard negatives"):
+        RunConfig(judges={"imported": {}})  # type: ignore[arg-type]

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from unime_ray.artifacts import Artifact, Manifest, Run, StageResult, filesystem, join, read_text, remove, run_stage
-from unime_ray.config import PixelBudget, TrainConfig, nearest
-from unime_ray.errors import ConfigError, TrainingError, UnimeError
+from unime_ray.config import IMPORTED, PixelBudget, TrainConfig, nearest
+from unime_ray.errors import ArtifactError, ConfigError, TrainingError, UnimeError
 from unime_ray.models.names import model_revision, resolve_model
 from unime_ray.train.data import BatchOrder, Examples, prepare_examples
 from unime_ray.train.job import StopOnOwnErrors, TrainingJob, check_trackers
@@ -79,6 +79,11 @@ def run_training(
         ArtifactError, ModelError, TrainingError: see the callers.
     """
     artifact = run.artifact(kind, name)
+    if judge == IMPORTED and table.manifest() is None:
+        raise ArtifactError(
+            f"{table.uri}: no source of the corpus brings hard negatives with scores (format unime_json, or columns "
+            "negatives, negative_scores and positive_score), or ingest has not run"
+        )
     if start is None:
         path = resolve_model(model)
         revision = model_revision(path, section.revision)

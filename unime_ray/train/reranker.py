@@ -29,11 +29,12 @@ def run_train_reranker(run: Run, config: RunConfig, name: str) -> Manifest:
         TrainingError: a query without negatives, a loss that is not finite, a payload that is gone.
     """
     section = section_of(config.rerankers, name, "rerankers")
-    judge = config.judges[config.judge_of(section)]
-    model = section.model or (judge.model if judge.engine == "transformers" else None)
+    judge = config.judges.get(config.judge_of(section))  # None: imported negatives have no judge here
+    model = section.model or (judge.model if judge is not None and judge.engine == "transformers" else None)
     if model is None:
         raise ConfigError(f"rerankers.{name}.model: name the checkpoint to start from; its judge is no model")
-    pixels = section.pixels if section.pixels != PixelBudget() else judge.pixels
+    inherited = judge.pixels if judge is not None else config.embed.pixels
+    pixels = section.pixels if section.pixels != PixelBudget() else inherited
     return run_training(
         run,
         section,
