@@ -130,11 +130,13 @@ class Artifact:
             )
         return found
 
-    def begin(self, fingerprint: str) -> None:
-        """Make ready to write under `fingerprint`; clears what another fingerprint left."""
+    def begin(self, fingerprint: str, before_clearing: Callable[[], None] | None = None) -> None:
+        """Make ready to write under `fingerprint`; clears what another fingerprint left, after `before_clearing`."""
         started = read_text(self.child(STARTED))
         same = started is not None and json.loads(started).get("fingerprint") == fingerprint
         if not same:
+            if before_clearing is not None:
+                before_clearing()
             remove(self.uri)
         else:
             remove(self.child(MANIFEST))
@@ -216,11 +218,12 @@ def run_stage(
     inputs: Sequence[Artifact] = (),
     extra_inputs: Mapping[str, str] | None = None,
     build: Callable[[], StageResult],
+    before_clearing: Callable[[], None] | None = None,
 ) -> Manifest:
     """Run `build` unless `artifact` is already there under the same fingerprint; return its manifest.
 
     `inputs` must be finished artifacts. `extra_inputs` adds fingerprints of things that are no artifact, such as the
-    corpus' content or a checkpoint's revision.
+    corpus' content or a checkpoint's revision. `before_clearing` may save something of what another fingerprint left.
 
     Raises:
         ArtifactError: an input is missing.
@@ -230,7 +233,7 @@ def run_stage(
     done = artifact.manifest()
     if done is not None and done.fingerprint == mark:
         return done
-    artifact.begin(mark)
+    artifact.begin(mark, before_clearing)
     clock = time.monotonic()
     result = build()
     seconds = time.monotonic() - clock

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from unime_ray import __version__
 from unime_ray.artifacts import Manifest, Run
-from unime_ray.config import RunConfig, load_config, nearest, preset_names, preset_summary
+from unime_ray.config import IMPORTED, RunConfig, load_config, nearest, preset_names, preset_summary
 from unime_ray.errors import ConfigError, UnimeError
 
 app = typer.Typer(
@@ -101,6 +101,8 @@ def _execute(config: str, overrides: list[str], stage: str | None, name: str | N
     if not steps and stage == "duplicates":
         raise ConfigError("duplicates.methods is empty; set for instance `duplicates: {methods: [phash, embedding]}`")
     if not steps:
+        if name is None:
+            raise ConfigError(f"{stage}: nothing to do; the config has no section for it")
         known = [step.name for step in recipe(run, loaded) if step.stage == stage and step.name]
         raise ConfigError(f"--name: the config has no {stage} named {name!r}{nearest(str(name), known)}")
     started = time.monotonic()
@@ -155,13 +157,33 @@ _stage_command("ingest", "Read the corpus into images, items, qrels and pools; b
 _stage_command("embed", "Embed every item with the base embedder.", False)
 _stage_command("duplicates", "Group near-duplicates, for splits that leak and false negatives.", False)
 _stage_command("retrieve", "Each training query's top-k candidates over the mining pool.", False)
-_stage_command("judge", "Score every query with its candidates and positives.", True)
 _stage_command("select", "Drop false negatives and pick diverse hard negatives.", True)
 _stage_command("teach", "Embed texts with a sentence embedder, for UniME V1's first stage.", True)
 _stage_command("train-embedder", "Align an embedder with the judge on the hard negatives.", True)
 _stage_command("train-reranker", "Train a reranker on the same negatives.", True)
 _stage_command("evaluate", "Measure base, adapted embedders and rerankers on the test splits.", False)
 _stage_command("report", "Write report.html.", False)
+
+
+@app.command("judge")
+def judge_pairs(
+    config: ConfigOption,
+    overrides: SetOption = [],  # noqa: B006
+    name: NameOption = "",
+    estimate: Annotated[bool, typer.Option("--estimate", help="Say what it would cost; judge a sample only.")] = False,
+) -> None:
+    """Score every query with its candidates and positives."""
+    if not estimate:
+        return _execute(config, overrides, "judge", name or None)
+    from unime_ray.cluster import connected
+    from unime_ray.preflight import check_run
+    from unime_ray.stages.judge_estimate import estimate_judge
+
+    run, loaded = _load(config, overrides)
+    check_run(run, loaded)
+    with connected():
+        for judge in [name] if name else loaded.judges:
+            console.print(estimate_judge(run, loaded, judge).render())
 
 
 @app.command()
@@ -256,7 +278,7 @@ def export_negatives(
     from unime_ray.corpus.unime_json import export_unime_json
 
     run, loaded = _load(config, overrides)
-    judge = name or next(iter(loaded.judges))
+    judge = name or next(iter(loaded.judges), IMPORTED)
     rows = export_unime_json(run, judge, to)
     console.print(f"wrote {rows} rows to {to}")
 

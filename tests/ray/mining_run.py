@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,8 +18,8 @@ from ray import cloudpickle
 from unime_ray import ids, prompts
 from unime_ray.artifacts import Manifest, Run
 from unime_ray.config import EmbedConfig, JudgeConfig, RunConfig
-from unime_ray.errors import ModelError
-from unime_ray.models.judge import Verdict
+from unime_ray.errors import EngineDied, ModelError
+from unime_ray.models.judge import Usage, Verdict
 from unime_ray.schemas import IMAGES, ITEMS, POOLS, QRELS
 
 # Workers of the test cluster cannot import this module, so its classes travel whole.
@@ -148,6 +149,36 @@ class MendedJudge(FakeJudge):
         return super()._verdict(query, query if "unjudgeable" in candidate.rendered else candidate)
 
 
+class CountingJudge(FakeJudge):
+    """Says that each pair has ten tokens, eight of them shared."""
+
+    def __init__(self) -> None:
+        self.usage = Usage()
+
+    def score_groups(self, groups) -> list[list[Verdict]]:
+        pairs = sum(len(candidates) for _, candidates in groups)
+        self.usage.pairs += pairs
+        self.usage.prompt_tokens += 10 * pairs
+        self.usage.computed_tokens += 2 * pairs
+        return super().score_groups(groups)
+
+
+class DyingJudge(FakeJudge):
+    """Takes its process along at a candidate with the text `poison`, and once at anything."""
+
+    def __init__(self, flag: str, how: str, poison: str) -> None:
+        self.flag, self.how, self.poison = Path(flag), how, poison
+
+    def _verdict(self, query, candidate) -> Verdict:
+        poisoned = candidate.rendered == self.poison
+        if poisoned or not self.flag.exists():
+            self.flag.touch()
+            if self.how == "engine" and not poisoned:
+                raise EngineDied("the engine's core process is gone")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._verdict(query, candidate)
+
+
 def direction(text: str) -> np.ndarray:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     vector = np.random.default_rng(seed).normal(size=DIM)
@@ -166,6 +197,20 @@ def load_fake_judge(config: JudgeConfig) -> FakeJudge:
 
 def load_mended_judge(config: JudgeConfig) -> MendedJudge:
     return MendedJudge()
+
+
+def load_counting_judge(config: JudgeConfig) -> CountingJudge:
+    return CountingJudge()
+
+
+def load_dying_judge(config: JudgeConfig, flag: str = "", how: str = "process", poison: str = "") -> DyingJudge:
+    """With functools.partial: `flag` is a file that says that it died already."""
+    _count_load()
+    return DyingJudge(flag, how, poison)
+
+
+def load_none(config: JudgeConfig) -> NoReturn:
+    raise AssertionError("nothing new is to be judged, so no judge is to be loaded")
 
 
 def load_broken(config: EmbedConfig | JudgeConfig) -> NoReturn:

@@ -22,6 +22,7 @@ from unime_ray.errors import ConfigError, ModelError
 from unime_ray.schemas import JUDGEMENTS
 from unime_ray.stages.embed import run_embed
 from unime_ray.stages.judge import run_judge
+from unime_ray.stages.judge_watch import Watch
 from unime_ray.stages.retrieve import run_retrieve
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -48,10 +49,13 @@ def test_every_pair_once_with_its_positives(tmp_path: Path) -> None:
     expected |= {(row["query_id"], item, True) for row in candidates for item in row["positive_ids"]}
     assert {(row["query_id"], row["candidate_id"], row["is_positive"]) for row in rows} == expected
     assert manifest.rows == len(rows) == 60 * 13
-    assert manifest.counts == {"queries": 60, "pairs": 780, "errors": 0}
+    counted = {"queries": 60, "pairs": 780, "errors": 0, "pairs_scored": 780}
+    assert {name: manifest.counts[name] for name in counted} == counted
+    assert manifest.counts["scoring_seconds"] > 0 and manifest.counts["pairs_per_second"] > 0
     assert all(0 <= row["score"] <= 1 and row["error"] is None for row in rows)
     assert all(row["logit_yes"] == 2.0 for row in rows if row["is_positive"])
-    assert manifest.prompt_hash and not Path(run.child("judgements", "tiny", "checkpoint")).exists()
+    left = {path.name for path in Path(run.child("judgements", "tiny")).iterdir()}
+    assert manifest.prompt_hash and left == {"data", "manifest.json", "started.json", "scorer.json"}
     assert run_judge(run, config, "tiny", load=lambda config: pytest.fail("loaded")) == manifest
 
 
@@ -104,7 +108,7 @@ def test_too_many_errors_fail_with_reasons_and_are_judged_again(tmp_path: Path) 
 
 
 def test_an_actor_gives_up_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unime_ray.stages import judge as stage
+    from unime_ray.stages import judge_actor as stage
 
     run = run_with_unjudgeable(tmp_path / "run", 15)
     config = retrieved(run, tmp_path)
@@ -114,6 +118,7 @@ def test_an_actor_gives_up_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         stage.PayloadStore(run.artifact("images").data_uri, run.artifact("items").data_uri),
         stage.CandidateRows(candidates.data_uri),
         load_fake_judge,
+        Watch(str(tmp_path / "watch")),
     )
     batch = candidates.read(["query_id"]).slice(0, 8)
     actor(batch)  # 104 pairs are too few to judge the judge by

@@ -25,7 +25,7 @@ from unime_ray.config import JudgeConfig
 from unime_ray.errors import ModelError
 from unime_ray.models import judge_transformers
 from unime_ray.models.backbone import Backbone
-from unime_ray.models.judge import Verdict, load_judge, yes_probability
+from unime_ray.models.judge import Verdict, load_judge, usage_of, yes_probability
 from unime_ray.models.judge_transformers import TransformersJudge
 from unime_ray.models.loading import check_model
 from unime_ray.models.prompt_ids import PromptIds
@@ -99,6 +99,20 @@ def test_shared_tokens_run_once(small: Path, monkeypatch: pytest.MonkeyPatch) ->
     (prefixes, prefix_tokens), (suffixes, suffix_tokens) = seen
     assert (prefixes, suffixes) == (1, 5)
     assert len(judge.prompts.static) > 40 and prefix_tokens < 40 and suffix_tokens < 15
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_usage_counts_what_ran_and_what_was_shared(small: Path, share: bool) -> None:
+    judge = TransformersJudge(Backbone.load(str(small), device="cpu"), share_prefix=share)
+    query, candidates = make_item("look", picture(7)), [make_item(name) for name in ("a", "b", "c")]
+    judge.score(query, [*candidates, make_item("broken", b"GIF89a")])
+    pictures = [judge.backbone.pixels.picture(picture(7))]
+    whole = [len(judge.prompts.build_judge_ids(query.rendered, one.rendered, (pictures, ()))) for one in candidates]
+    suffixes = sum(len(judge.prompts.judge_suffix(one.rendered, ())) for one in candidates)
+    prefix = len(judge.prompts.judge_prefix(query.rendered, pictures)) - len(judge.prompts.static)
+    used = usage_of(judge)
+    assert (used.pairs, used.prompt_tokens, used.pictures, used.pictures_encoded) == (3, sum(whole), 3, 1)
+    assert used.computed_tokens == (prefix + suffixes if share else sum(whole))
 
 
 def test_prompt_is_the_published_one(small: Path) -> None:

@@ -45,6 +45,9 @@ def test_items_come_in_the_order_asked_and_may_repeat(written):
     assert [item.rendered for item in found] == ["text 5", "text 58", "text 4", "text 5", "text 0"]
     assert [item.image for item in found] == [pictures[5], None, None, pictures[5], None]
     assert PayloadStore(*uris).items([]) == []
+    bare = PayloadStore("no-such-folder.lance", uris[1]).items(wanted, pictures=False)
+    assert [item.image for item in bare] == [None] * 5
+    assert [item.image_id for item in bare] == [item.image_id for item in found]
 
 
 def test_parts_are_committed_in_order(written):

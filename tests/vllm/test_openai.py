@@ -141,6 +141,7 @@ def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatc
         ({"engine": "openai", "server": {"base_url": "http://me:pw@x/v1"}}, "which the manifest would show"),
         ({"engine": "openai", "server": {"base_url": "http://x/v1", "api_key_env": "sk-123"}}, "not the key itself"),
         ({"engine": "openai", "server": {"base_url": "http://x"}, "repetition_penalty": 1.05}, "needs logits"),
+        ({"calibration_labels": "x.csv"}, "without a calibration"),
         ({"instruction": "Find it."}, "`instruction` is for prompt `qwen3_vl_reranker`"),
     ],
 )

@@ -117,8 +117,8 @@ class PayloadStore:
         """Only the addresses travel: each process opens and caches for itself."""
         return PayloadStore, self._arguments
 
-    def items(self, ids: Sequence[bytes]) -> list[Item]:
-        """One `Item` per id, in order; ids may repeat.
+    def items(self, ids: Sequence[bytes], pictures: bool = True) -> list[Item]:
+        """One `Item` per id, in order; ids may repeat. Without `pictures` their bytes stay where they are.
 
         Raises:
             ArtifactError: an id is in neither table, or a dataset is missing.
@@ -127,9 +127,9 @@ class PayloadStore:
             return []
         table = self._items.take(ids, ["item_id", "rendered", "text", "image_id"])
         columns = [table.column(name).to_pylist() for name in ("item_id", "rendered", "text", "image_id")]
-        pictures = self.images([image for image in columns[3] if image is not None])
+        encoded = self.images([image for image in columns[3] if image is not None]) if pictures else {}
         rows = zip(*columns, strict=True)
-        return [Item(item, rendered, text, image, pictures.get(image)) for item, rendered, text, image in rows]
+        return [Item(item, rendered, text, image, encoded.get(image)) for item, rendered, text, image in rows]
 
     def instructions(self, ids: Sequence[bytes]) -> list[str | None]:
         """The instruction of each item, in order; `rendered` has it fused with the text.

@@ -74,6 +74,8 @@ class Backbone:
         self.pad_id: int = tokens.tokenizer.pad_token_id or 0
         self._features: ByteCache[bytes, Tensor] = ByteCache(FEATURE_CACHE_BYTES.get(self.device.type, 512 << 20))
         self._shared: dict[bytes, Tensor] | None = None
+        self.pictures_encoded = 0
+        """Pictures that went through the vision tower without gradients so far."""
         family.attach(model)
 
     @classmethod
@@ -221,6 +223,7 @@ class Backbone:
         cached = {picture.key: self._features.get(picture.key) for picture in pictures}
         found = {key: features for key, features in cached.items() if features is not None}
         missing = list({p.key: p for p in pictures if p.key not in found}.values())
+        self.pictures_encoded += len(missing)
         for picture, encoded in zip(missing, self._encode(missing), strict=True):
             found[picture.key] = encoded
             # A copy: a view would keep the features of its whole batch alive.

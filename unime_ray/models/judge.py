@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 from unime_ray.config import JudgeConfig
@@ -38,6 +38,25 @@ class Verdict:
     @classmethod
     def failed(cls, reason: str) -> Verdict:
         return cls(None, None, None, reason)
+
+
+@dataclass(slots=True)
+class Usage:
+    """What an engine has done so far."""
+
+    pairs: int = 0
+    prompt_tokens: int = 0
+    """Of all pairs, each prompt counted whole."""
+    computed_tokens: int = 0
+    """Those that went through the language model; the others were shared. Padding is not counted."""
+    pictures: int = 0
+    """Of all pairs."""
+    pictures_encoded: int = 0
+    """Those that went through the vision tower."""
+
+    def less(self, other: Usage) -> Usage:
+        """What was done since `other`."""
+        return Usage(*(getattr(self, one.name) - getattr(other, one.name) for one in fields(self)))
 
 
 class Judge(Protocol):
@@ -88,6 +107,12 @@ def load_judge(config: JudgeConfig) -> Judge:
         batch_tokens=config.batch_tokens,
         prompt=prompt,
     )
+
+
+def usage_of(judge: Judge) -> Usage:
+    """What a judge has done so far; zeros if it does not count."""
+    found = getattr(judge, "usage", None)
+    return replace(found) if isinstance(found, Usage) else Usage()
 
 
 def yes_probability(logit_yes: float, logit_no: float) -> float:

@@ -19,7 +19,7 @@ from unime_ray.models.backbone import Backbone
 from unime_ray.models.embedder import token_budget_batches
 from unime_ray.models.families import check_judge
 from unime_ray.models.items import Item
-from unime_ray.models.judge import Group, Verdict
+from unime_ray.models.judge import Group, Usage, Verdict
 from unime_ray.models.pixels import Picture
 from unime_ray.models.prompt_ids import UNIME_V2, PromptIds, check_length, strip_start
 from unime_ray.models.shared_prefix import extend, prefill
@@ -71,6 +71,7 @@ class TransformersJudge:
         self.shares_prefix = share_prefix and backbone.can_share_prefix
         """False: each pair runs whole, because it was asked for or the checkpoint's attention slides."""
         self._static: Prefix | None = None
+        self.usage = Usage()
 
     def score(self, query: Item, candidates: Sequence[Item]) -> list[Verdict]:
         return self.score_groups([(query, candidates)])[0]
@@ -79,12 +80,26 @@ class TransformersJudge:
     def score_groups(self, groups: Sequence[Group]) -> list[list[Verdict]]:
         verdicts: list[list[Verdict]] = [[Verdict.failed("not scored")] * len(candidates) for _, candidates in groups]
         bundles = self._bundles(groups, verdicts)
+        already = self.backbone.pictures_encoded
         scored = self._score_shared(bundles) if self.shares_prefix else self._score_alone(bundles)
         for places, hidden in scored:
             pairs = self._penalised(self.backbone.answer_logits(hidden, [self.prompts.yes_id, self.prompts.no_id]))
             for (group, candidate), (yes, no) in zip(places, pairs.tolist(), strict=True):
                 verdicts[group][candidate] = Verdict.of(yes, no)
+        self._count(bundles, self.backbone.pictures_encoded - already)
         return verdicts
+
+    def _count(self, bundles: list[Bundle], pictures_encoded: int) -> None:
+        used, opening = self.usage, len(self.prompts.static)
+        for bundle in bundles:
+            pairs, suffixes = len(bundle.suffixes), sum(len(suffix) for suffix in bundle.suffixes)
+            whole = pairs * len(bundle.prefix) + suffixes
+            used.pairs += pairs
+            used.prompt_tokens += whole
+            # Every prefix opens alike and that opening is computed once for all.
+            used.computed_tokens += len(bundle.prefix) - opening + suffixes if self.shares_prefix else whole
+            used.pictures += pairs * len(bundle.prefix.pictures) + sum(len(one.pictures) for one in bundle.suffixes)
+        used.pictures_encoded += pictures_encoded
 
     def _bundles(self, groups: Sequence[Group], verdicts: list[list[Verdict]]) -> list[Bundle]:
         """Pairs by the item that opens their prompt; a pair that cannot be scored gets its verdict here."""

@@ -21,7 +21,7 @@ from unime_ray.config_vllm import VllmConfig
 from unime_ray.errors import ModelError, RejectedRow
 from unime_ray.models.families import check_judge
 from unime_ray.models.items import Item
-from unime_ray.models.judge import Group, Verdict
+from unime_ray.models.judge import Group, Usage, Verdict
 from unime_ray.models.pixels import Picture
 from unime_ray.models.prompt_ids import UNIME_V2, PromptIds, check_length
 from unime_ray.models.tokens import Segment, join
@@ -83,6 +83,12 @@ class VllmJudge:
     def stats(self) -> EngineStats:
         """Requests, prompt tokens and how many of them the prefix cache held."""
         return self.engine.stats
+
+    @property
+    def usage(self) -> Usage:
+        """The same as every engine tells it; vLLM does not say what its encoder cache spared."""
+        stats = self.engine.stats
+        return Usage(stats.requests, stats.prompt_tokens, stats.prompt_tokens - stats.cached_tokens)
 
     def score(self, query: Item, candidates: Sequence[Item]) -> list[Verdict]:
         return self.score_groups([(query, candidates)])[0]

@@ -145,8 +145,13 @@ class Progress:
 
     def done(self) -> pa.Array:
         """Ids that are written; files that no checkpoint vouches for are removed first."""
-        committed = self._sweep()
-        fs, _ = filesystem(self._uri)
+        self._sweep()
+        return self.written()
+
+    def written(self) -> pa.Array:
+        """Ids that checkpoints vouch for; nothing is changed."""
+        paths, fs = parquet_files(self._uri)
+        committed = [path for path in paths if not path.endswith(PENDING)]
         if not committed:
             return pa.array([], ID)
         return pads.dataset(committed, filesystem=fs, format="parquet").to_table().column(0).cast(ID).unique()
@@ -173,7 +178,7 @@ class Progress:
         """Remove the checkpoints; for an artifact that has its manifest."""
         remove(self._uri)
 
-    def _sweep(self) -> list[str]:
+    def _sweep(self) -> None:
         checkpoints, checkpoint_fs = parquet_files(self._uri)
         committed = [path for path in checkpoints if not path.endswith(PENDING)]
         stems = {_stem(path) for path in committed}
@@ -184,7 +189,6 @@ class Progress:
         for path in checkpoints:
             if path.endswith(PENDING):
                 checkpoint_fs.delete_file(path)
-        return committed
 
 
 def _stem(path: str) -> str:

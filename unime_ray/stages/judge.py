@@ -1,15 +1,18 @@
 """Judge: a score for every pair of a query and one of its candidates or positives (UniME-V2, semantic matching score).
 
 One row of work is one query with all its candidates, so that an engine computes the query's part of the prompt once.
-A pair that cannot be scored keeps its error in its row. Needs a Ray cluster.
+What was judged before is not judged again: pairs of an attempt that was stopped, of other candidates of the same run,
+and of other runs that share a cache. A pair that cannot be scored keeps its error in its row. Needs a Ray cluster.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,15 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 
-from unime_ray.artifacts import Artifact, Manifest, Run, StageResult, filesystem, join, run_stage
+from unime_ray.artifacts import Artifact, Manifest, Run, StageResult, filesystem, join, run_stage, write_text
 from unime_ray.config import JudgeConfig, RunConfig
-from unime_ray.corpus.payload import Item, PayloadStore
-from unime_ray.errors import ArtifactError, ConfigError, ModelError
-from unime_ray.ids import show
+from unime_ray.corpus.payload import PayloadStore
+from unime_ray.errors import ArtifactError, ConfigError
 from unime_ray.models.canary import CanaryFile, load_checked
-from unime_ray.models.judge import Judge, Verdict, load_judge
+from unime_ray.models.judge import Judge, load_judge
 from unime_ray.prompts import judge_prompt
-from unime_ray.schemas import JUDGEMENTS, conform
 from unime_ray.stages.candidates import CandidateRows
 from unime_ray.stages.engine import (
     Progress,
@@ -37,11 +38,22 @@ from unime_ray.stages.engine import (
     use_threads,
     write_rows,
 )
+from unime_ray.stages.judge_actor import FIRST_REASONS, JudgeActor, reason_of, too_many_errors
+from unime_ray.stages.judge_known import (
+    SCORER,
+    KnownScores,
+    add_to_cache,
+    cache_uri,
+    forget_kept,
+    keep_judged,
+    kept_uri,
+    scorer_hash,
+    scorer_key,
+)
+from unime_ray.stages.judge_watch import Watch
 
 CODE_VERSION = 1
-FIRST_REASONS = 10
-PAIRS_BEFORE_GIVING_UP = 2000
-"""An actor that has seen so many pairs stops the job at once when too many of them failed."""
+COUNTED = ("pairs_scored", "pairs_reused", "cache_hits", "cache_misses")
 IDENTITY = {"engine", "model", "revision", "dtype", "prompt_order", "repetition_penalty", "pixels", "noise_auc"}
 """Settings that scores depend on; the others only say how fast they come."""
 SERVED = "served"
@@ -65,13 +77,6 @@ def load_scorer(config: JudgeConfig, canary: CanaryFile | None = None) -> Judge:
     return load_checked(config, canary)
 
 
-def _held_to_canary(load: Callable[..., Judge], run: Run, settings: JudgeConfig, revision: str) -> Callable[..., Judge]:
-    """`load_scorer` with the reference of this judge; any other loader as it is."""
-    if load is not load_scorer:
-        return load
-    return partial(load, canary=CanaryFile(settings.canary or run.child("canaries"), revision))
-
-
 def run_judge(
     run: Run, config: RunConfig, judge_name: str, load: Callable[[JudgeConfig], Judge] = load_scorer
 ) -> Manifest:
@@ -84,25 +89,86 @@ def run_judge(
         ArtifactError: retrieve has not run.
         ModelError: the checkpoint cannot judge, or more pairs fail than `max_error_rate` allows.
     """
-    if judge_name not in config.judges:
-        raise ConfigError(f"judges: no judge {judge_name!r}; the config has {', '.join(config.judges)}")
-    settings = config.judges[judge_name]
-    artifact = run.artifact("judgements", judge_name)
-    candidates = run.artifact("candidates", "base")
-    candidates.require()
-    revision = judge_revision(settings)
-    prompt_hash = judge_prompt(settings.prompt, settings.instruction).hash
+    judging = Judging.of(run, config, judge_name)
+    judging.candidates.require()
+    artifact = judging.artifact
     manifest = run_stage(
         artifact,
         stage="judge",
         code_version=CODE_VERSION,
-        config=settings.model_dump(mode="json", include=IDENTITY),
-        inputs=[candidates],
-        extra_inputs={"model": revision, "prompt": prompt_hash},
-        build=lambda: _build(run, judge_name, settings, artifact, candidates, load, revision, prompt_hash),
+        config=judging.settings.model_dump(mode="json", include=IDENTITY),
+        inputs=[judging.candidates],
+        extra_inputs={"model": judging.revision, "prompt": judging.prompt_hash},
+        build=lambda: _build(judging, load),
+        before_clearing=lambda: keep_judged(run, artifact, judging.scorer),
     )
     Progress(artifact, "query_id").clear()
+    Watch(artifact.child("watch")).clear()
+    forget_kept(run, judge_name)
     return manifest
+
+
+@dataclass(frozen=True)
+class Judging:
+    """One judge's work in a run: what it reads, what it writes, and who it is."""
+
+    run: Run
+    name: str
+    settings: JudgeConfig
+    revision: str
+    prompt_hash: str
+
+    @classmethod
+    def of(cls, run: Run, config: RunConfig, name: str) -> Judging:
+        """The work of `config.judges[name]`.
+
+        Raises:
+            ConfigError: the config has no such judge.
+        """
+        if name not in config.judges:
+            raise ConfigError(f"judges: no judge {name!r}; the config has {', '.join(config.judges)}")
+        settings = config.judges[name]
+        asked = judge_prompt(settings.prompt, settings.instruction)
+        return cls(run, name, settings, judge_revision(settings), asked.hash)
+
+    @property
+    def artifact(self) -> Artifact:
+        return self.run.artifact("judgements", self.name)
+
+    @property
+    def candidates(self) -> Artifact:
+        return self.run.artifact("candidates", "base")
+
+    @property
+    def cache(self) -> str | None:
+        """The cache's folder; workers have other working directories, so a local one is made absolute."""
+        return None if self.settings.cache is None else Run(self.settings.cache).root
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return scorer_key(self.settings, self.revision, self.prompt_hash)
+
+    @property
+    def scorer(self) -> str:
+        return scorer_hash(self.key)
+
+    def loader(self, load: Callable[..., Judge]) -> Callable[..., Judge]:
+        """`load_scorer` with the reference of this judge; any other loader as it is."""
+        if load is not load_scorer:
+            return load
+        return partial(load, canary=CanaryFile(self.settings.canary or self.run.child("canaries"), self.revision))
+
+    def arguments(self, load: Callable[..., Judge]) -> dict[str, Any]:
+        """What an actor is made of; `load` is how it gets its judge."""
+        cache = self.cache
+        return {
+            "settings": self.settings,
+            "load": self.loader(load),
+            "store": PayloadStore(self.run.artifact("images").data_uri, self.run.artifact("items").data_uri),
+            "candidates": CandidateRows(self.candidates.data_uri),
+            "before": KnownScores(kept_uri(self.run, self.name, self.scorer)),
+            "cache": None if cache is None else KnownScores(cache_uri(cache, self.scorer)),
+        }
 
 
 def judge_revision(settings: JudgeConfig) -> str:
@@ -128,43 +194,35 @@ def _truth_digest(folder: str) -> str:
     return hasher.hexdigest()
 
 
-def _build(
-    run: Run,
-    judge_name: str,
-    settings: JudgeConfig,
-    artifact: Artifact,
-    candidates: Artifact,
-    load: Callable[[JudgeConfig], Judge],
-    revision: str,
-    prompt_hash: str,
-) -> StageResult:
-    queries, pairs = _work(candidates)
+def _build(judging: Judging, load: Callable[[JudgeConfig], Judge]) -> StageResult:
+    settings, artifact = judging.settings, judging.artifact
+    write_text(artifact.child(SCORER), json.dumps({"scorer": judging.scorer}))
+    queries, pairs = count_work(judging.candidates)
     progress = Progress(artifact, "query_id")
     progress.settle()  # a file that a kill cut off cannot be read
     progress.forget(_failed_pairs(artifact).column("__filename").unique().to_pylist())
     todo = progress.remaining(queries)
     before = progress.settle()
+    watch = Watch(artifact.child("watch"))
     if todo.num_rows:
-        arguments = {
-            "settings": settings,
-            "store": PayloadStore(run.artifact("images").data_uri, run.artifact("items").data_uri),
-            "candidates": CandidateRows(candidates.data_uri),
-            "load": _held_to_canary(load, run, settings, revision),
-        }
         with stage_context(progress.config()):
             blocks = blocks_of(todo, settings.queries_per_batch)
+            arguments = judging.arguments(load) | {"watch": watch}
             judged = map_actors(blocks, JudgeActor, arguments, settings.resources, settings.queries_per_batch)
             write_rows(judged, artifact, settings.resources)
     rows = progress.settle()
     if rows != pairs:
         raise ArtifactError(f"{artifact.uri}: {rows} rows for {pairs} pairs; remove the folder and run judge again")
-    counts = _check_errors(artifact, settings.max_error_rate, rows)
+    counts = {"queries": queries.num_rows} | _check_errors(artifact, settings.max_error_rate, rows)
+    counts |= work_counts(watch.totals())
+    if judging.cache is not None:
+        counts["cache_added"] = add_to_cache(judging.cache, judging.key, artifact)
     return StageResult(
         rows=rows,
-        counts={"queries": queries.num_rows, **counts, **(_prefix(settings) if load is load_scorer else {})},
+        counts=counts | (_prefix(settings) if load is load_scorer else {}),
         model=settings.model if settings.engine != "oracle" else f"oracle {settings.noise_auc:g}",
-        revision=revision,
-        prompt_hash=prompt_hash,
+        revision=judging.revision,
+        prompt_hash=judging.prompt_hash,
         resumed_rows=before,
     )
 
@@ -179,7 +237,30 @@ def _prefix(settings: JudgeConfig) -> dict[str, str]:
     return {"prefix": "shared" if shared else "pair by pair"}
 
 
-def _work(candidates: Artifact) -> tuple[pa.Table, int]:
+def work_counts(done: Mapping[str, float]) -> dict[str, Any]:
+    """Counters of all actors as the manifest has them; rates are per second of one actor that scores.
+
+    `tokens` counts each pair's prompt whole, `tokens_computed` what went through the language model.
+    """
+    counts: dict[str, Any] = {name: int(done[name]) for name in COUNTED if name in done}
+    done = defaultdict(float, done)
+    seconds = done["scoring_seconds"]
+    counts |= {"scoring_seconds": round(seconds, 3), "pairs_per_second": _rate(done["pairs_scored"], seconds)}
+    whole, computed = int(done["prompt_tokens"]), int(done["computed_tokens"])
+    if whole:
+        counts |= {"tokens": whole, "tokens_computed": computed, "tokens_saved": whole - computed}
+        counts |= {"tokens_per_second": _rate(computed, seconds), "prefix_hit_rate": round(1 - computed / whole, 4)}
+    if done["pictures"]:
+        encoded = int(done["pictures_encoded"])
+        counts |= {"pictures_encoded": encoded, "picture_hit_rate": round(1 - encoded / done["pictures"], 4)}
+    return counts
+
+
+def _rate(amount: float, seconds: float) -> float:
+    return round(amount / seconds, 2) if seconds else 0.0
+
+
+def count_work(candidates: Artifact) -> tuple[pa.Table, int]:
     """(query ids in the order of the files, number of pairs)."""
     paths, fs = parquet_files(candidates.data_uri)
     parts, pairs = [], 0
@@ -205,79 +286,8 @@ def _check_errors(artifact: Artifact, limit: float, rows: int) -> dict[str, Any]
     failed = _failed_pairs(artifact)
     counts = {"pairs": rows, "errors": failed.num_rows}
     if failed.num_rows > limit * rows:
-        reasons = [_reason(line) for line in failed.slice(0, FIRST_REASONS).to_pylist()]
-        raise _too_many_errors(failed.num_rows, rows, limit, reasons)
+        reasons = [reason_of(line) for line in failed.slice(0, FIRST_REASONS).to_pylist()]
+        raise too_many_errors(failed.num_rows, rows, limit, reasons)
     if failed.num_rows:
         log.warning("%d of %d pairs have no score; see column `error` of %s", failed.num_rows, rows, artifact.key)
     return counts
-
-
-def _too_many_errors(failed: int, seen: int, limit: float, reasons: list[str]) -> ModelError:
-    lines = "".join(f"\n  {reason}" for reason in reasons)
-    return ModelError(
-        f"{failed} of {seen} pairs could not be scored ({failed / seen:.1%}; the judge's max_error_rate is "
-        f"{limit:.1%}); the first reasons:{lines}"
-    )
-
-
-class JudgeActor:
-    """Ray Data: (query_id) -> `judgements` rows of all its pairs; the judge is loaded with the first batch."""
-
-    def __init__(
-        self,
-        settings: JudgeConfig,
-        store: PayloadStore,
-        candidates: CandidateRows,
-        load: Callable[[JudgeConfig], Judge],
-    ) -> None:
-        self._settings, self._store, self._candidates, self._load = settings, store, candidates, load
-        self._turn = threading.Lock()
-        self._judge: Judge | None = None
-        self._seen, self._failed = 0, 0
-        self._reasons: list[str] = []
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = self._candidates.take(batch.column("query_id").to_pylist()).to_pylist()
-        groups = self._groups(rows)
-        with self._turn:  # payload of the next batch is fetched by another call meanwhile
-            if self._judge is None:
-                self._judge = self._load(self._settings)
-            verdicts = self._judge.score_groups(groups)
-        lines = [
-            _line(query.item_id, candidate.item_id, place < len(row["positive_ids"]), verdict)
-            for row, (query, candidates), found in zip(rows, groups, verdicts, strict=True)
-            for place, (candidate, verdict) in enumerate(zip(candidates, found, strict=True))
-        ]
-        self._give_up_if_hopeless(lines)
-        return conform(pa.Table.from_pylist(lines, JUDGEMENTS), JUDGEMENTS, "judgements")
-
-    def _groups(self, rows: list[dict[str, Any]]) -> list[tuple[Item, list[Item]]]:
-        """Per query its payload and that of its positives and candidates, positives first."""
-        members = [[row["query_id"], *row["positive_ids"], *row["candidate_ids"]] for row in rows]
-        ids = sorted({identifier for group in members for identifier in group})
-        items = dict(zip(ids, self._store.items(ids), strict=True))
-        return [(items[query], [items[item] for item in others]) for query, *others in members]
-
-    def _give_up_if_hopeless(self, lines: list[dict[str, Any]]) -> None:
-        failed = [line for line in lines if line["error"] is not None]
-        self._seen, self._failed = self._seen + len(lines), self._failed + len(failed)
-        self._reasons = (self._reasons + [_reason(line) for line in failed[:FIRST_REASONS]])[:FIRST_REASONS]
-        limit = self._settings.max_error_rate
-        if self._seen >= PAIRS_BEFORE_GIVING_UP and self._failed > limit * self._seen:
-            raise _too_many_errors(self._failed, self._seen, limit, self._reasons)
-
-
-def _reason(line: dict[str, Any]) -> str:
-    return f"query {show(line['query_id'])}, candidate {show(line['candidate_id'])}: {line['error']}"
-
-
-def _line(query: bytes, candidate: bytes, is_positive: bool, verdict: Verdict) -> dict[str, Any]:
-    return {
-        "query_id": query,
-        "candidate_id": candidate,
-        "is_positive": is_positive,
-        "logit_yes": verdict.logit_yes,
-        "logit_no": verdict.logit_no,
-        "score": verdict.score,
-        "error": verdict.error,
-    }
