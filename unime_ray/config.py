@@ -31,7 +31,7 @@ from unime_ray.config_vllm import VllmConfig
 from unime_ray.errors import ConfigError
 from unime_ray.sections import Count, PixelBudget, Positive, Resources, Section
 
-NAMED_SECTIONS = ("judges", "embedders", "rerankers")
+NAMED_SECTIONS = ("judges", "teachers", "embedders", "rerankers")
 
 
 class EmbedConfig(Section):
@@ -222,7 +222,7 @@ def _read(source: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _laid_over(base: Any, data: dict[str, Any], key: str = "") -> dict[str, Any]:
-    """`data` over `base`: mappings merge, all else replaces; null takes a named judge, embedder or reranker out."""
+    """`data` over `base`: mappings merge, all else replaces; null takes out a judge, teacher, embedder or reranker."""
     merged = dict(base) if isinstance(base, dict) else {}
     for name, value in data.items():
         if value is None and key in NAMED_SECTIONS:
