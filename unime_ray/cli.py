@@ -15,6 +15,7 @@ from rich.table import Table
 
 from unime_ray import __version__
 from unime_ray.artifacts import Manifest, Run
+from unime_ray.cli_serve import app as serve_app
 from unime_ray.config import IMPORTED, RunConfig, load_config, nearest, preset_names, preset_summary
 from unime_ray.errors import ConfigError, UnimeError
 
@@ -248,23 +249,7 @@ def results(
         render_results(run, console)
 
 
-@app.command("serve")
-def serve(
-    folder: Annotated[str, typer.Argument(metavar="RUN", help="A finished run folder.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-) -> None:
-    """Serve a run's embedder, reranker and items: search page, /v1/search, /v1/embeddings, /v1/rerank."""
-    from unime_ray.artifacts import read_text
-    from unime_ray.cluster import connected
-    from unime_ray.serve.cli import serve_run
-
-    run = Run(folder)
-    saved = run.child("config.yaml")
-    if read_text(saved) is None:
-        raise ConfigError(f"{folder}: no config.yaml there; is it a run folder?")
-    with connected():
-        serve_run(run, load_config(saved), host, port)
+app.add_typer(serve_app, name="serve")
 
 
 @app.command("export-negatives")

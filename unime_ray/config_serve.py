@@ -36,6 +36,8 @@ class IndexConfig(Section):
     ivf_probes: Count = 16
     hnsw_links: Count = 32
     hnsw_ef_search: Count = 64
+    memory_map: bool = False
+    """Search the snapshot from a file on the replica's disk, which the operating system keeps in memory as it can."""
     rebuild_after: Count = 10_000
     """Written items searched exactly beside the snapshot before a new snapshot takes them in."""
     refresh_seconds: Positive = 0.5
@@ -74,6 +76,10 @@ class ServeConfig(Section):
     """How many of the retrieved items the reranker sees."""
     api_key_env: str = "UNIME_RAY_API_KEY"
     """Environment variable with the API key (several: comma-separated). Not set: no key is asked for."""
+    retriever_shards: Count = 1
+    """Deployments the index is divided among, each with `retriever`'s replicas; results are merged."""
+    tracing: bool = False
+    """Send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT (needs the extra `tracing`)."""
     index: IndexConfig = IndexConfig()
     limits: LimitsConfig = LimitsConfig()
     ingress: StageConfig = StageConfig(num_cpus=0.5, max_batch=1, max_ongoing=512, max_queued=512)

@@ -21,6 +21,7 @@ from unime_ray.serve.app import Stages, build_app
 from unime_ray.serve.errors import StageOverloaded
 from unime_ray.serve.gate import key_digests
 from unime_ray.serve.metrics import NoMeter
+from unime_ray.serve.negatives import read_negatives
 from unime_ray.serve.tasks import item_instructions, query_tasks
 
 pytestmark = [
@@ -41,7 +42,8 @@ def serving(tmp_path: Path, reranker: FakeReranker, digests: tuple[bytes, ...] =
     payload = bundle.payload()
     ids = bundle.run.artifact("pools").read(["item_id"]).column(0).to_pylist()
     tasks, words = query_tasks(bundle.run, payload), item_instructions(payload, ids)
-    app = build_app(bundle, stages, tasks, words, NoMeter(), digests)
+    negatives = read_negatives(bundle.run, None, payload)
+    app = build_app(bundle, stages, tasks, words, NoMeter(), digests, negatives=negatives)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -102,10 +104,10 @@ def test_type_drop_paste_and_click(tmp_path: Path, address: str) -> None:
         await page.press("Enter")
         await page.until(SEARCHED)
         assert await page.run(CARDS) == 12
-        assert await page.run("document.querySelectorAll('.move.up').length") > 0, "the reranker's moves are shown"
+        assert await page.run("document.querySelectorAll('#results .move.up').length") > 0, "moves are shown"
         await page.until("[...document.images].some(i => i.naturalWidth > 0)")
         await page.click("#rerank-label")
-        await page.until("!document.querySelector('.move') && !document.querySelector('.busy')")
+        await page.until("!document.querySelector('#results .move') && !document.querySelector('.busy')")
         assert "the color red" in " ".join((await captions(page))[:2])
         for event, color in (("drop", "blue"), ("paste", "green")):
             await hand_over(page, event, picture(color))
@@ -160,6 +162,22 @@ def test_the_address_keeps_the_question(tmp_path: Path, address: str) -> None:
     visit(tmp_path, f"{address}#q=red&k=6&rerank=1", steps)
 
 
+def test_a_training_query_shows_its_hard_negatives(tmp_path: Path, address: str) -> None:
+    async def steps(page: Page) -> None:
+        await page.until(f"{CARDS} > 5")
+        await page.type("red")
+        await page.press("Enter")
+        await page.until("!document.getElementById('training').hidden")
+        badges = "[...document.querySelectorAll('#negatives .move')].map(b => b.textContent)"
+        assert await page.run(badges) == ["cycle", "hardest"]
+        assert "0.90" in await page.run("document.getElementById('training-note').textContent")
+        await page.click("#negatives li:nth-child(1) .card")
+        await page.until(f"document.getElementById('training').hidden && {SEARCHED}")
+        assert not await page.run("document.getElementById('thumb').hidden"), "it searches with the negative"
+
+    visit(tmp_path, address, steps)
+
+
 def test_themes_and_a_phone_without_sideways_scrolling(tmp_path: Path, address: str) -> None:
     async def steps(page: Page) -> None:
         await page.prefer(prefers_color_scheme="dark")
@@ -170,6 +188,7 @@ def test_themes_and_a_phone_without_sideways_scrolling(tmp_path: Path, address: 
         await page.type("red")
         await page.press("Enter")
         await page.until(SEARCHED)
+        await page.run("document.querySelector('#task option').textContent = 'a long instruction '.repeat(9)")
         assert await page.run("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
         columns = "getComputedStyle(document.getElementById('results')).gridTemplateColumns.split(' ').length"
         assert await page.run(columns) == 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import re
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ def served(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
         port = probe.getsockname()[1]
     bundle = serve_run(run, config, port=port, blocking=False, settings=settings)
     address = f"http://127.0.0.1:{port}"
-    wait(lambda: requests.get(f"{address}/ready", timeout=10).json()["ready"])
+    wait(lambda: requests.get(f"{address}/ready", timeout=60).json()["ready"])
     yield address, bundle
     serve.shutdown()
 
@@ -151,3 +153,24 @@ def test_the_graph_is_four_deployments(served: tuple[str, Bundle]) -> None:
 
     deployments = serve.status().applications[APP].deployments
     assert set(deployments) == {"ingress", "encoder", "retriever", "reranker"}
+
+
+def test_every_metric_of_the_dashboard_is_exported(served: tuple[str, Bundle]) -> None:
+    import ray
+
+    address, _ = served
+    dashboard = (Path(__file__).parents[2] / "docs" / "grafana_serving.json").read_text()
+    named = set(re.findall(r"\bray_\w+", dashboard)) - {"ray_unime_degraded_total"}
+    assert ask(address, text="red").status_code == 200
+    hit = ask(address, image=data_url(picture("red")), k=1).json()["results"][0]
+    requests.get(f"{address}/v1/items/{hit['id']}/image", timeout=60)
+    port = ray.nodes()[0]["MetricsExportPort"]
+
+    def missing() -> set[str]:
+        lines = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text.splitlines()
+        return named - {re.split(r"[{ ]", line)[0] for line in lines}
+
+    end = time.monotonic() + 60
+    while missing() and time.monotonic() < end:
+        time.sleep(1)
+    assert not missing(), "no metric of this name is exported"

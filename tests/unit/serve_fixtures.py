@@ -12,6 +12,7 @@ from pathlib import Path
 import lance
 import numpy as np
 import pyarrow as pa
+import yaml
 from starlette.testclient import TestClient
 
 from tests.conftest import picture
@@ -20,13 +21,14 @@ from unime_ray.artifacts import Manifest, Run
 from unime_ray.config import EmbedConfig, RunConfig
 from unime_ray.config_serve import LimitsConfig, ServeConfig
 from unime_ray.corpus.payload import Item
-from unime_ray.schemas import IMAGES, ITEMS, POOLS, QRELS
+from unime_ray.schemas import HARD_NEGATIVES, IMAGES, ITEMS, POOLS, QRELS
 from unime_ray.serve.app import Stages, build_app
 from unime_ray.serve.bundle import Bundle, Checkpoint
 from unime_ray.serve.catalog import Found, Ref, Wanted
 from unime_ray.serve.deadline import Deadline
 from unime_ray.serve.errors import StageFailed, StageLate
 from unime_ray.serve.metrics import NoMeter
+from unime_ray.serve.negatives import read_negatives
 from unime_ray.serve.retriever import RetrieverEngine
 from unime_ray.serve.stages import Encoded, IndexState, NewItem, Page
 from unime_ray.serve.tasks import item_instructions, query_tasks
@@ -63,7 +65,18 @@ def make_run(root: Path) -> Run:
         for place, (query, positive) in enumerate(pairs)
     ]
     _parquet(run, "qrels", pa.Table.from_pylist(qrels, QRELS))
+    _hard_negatives(run, asks[0], pictures)
     return run
+
+
+def _hard_negatives(run: Run, query: FakeItem, pictures: Sequence[FakeItem]) -> None:
+    """`red` has two: green, which the judge finds likelier, and blue."""
+    row = {"query_id": query.item_id, "positive_id": pictures[0].item_id, "positive_score": 0.9}
+    row |= {"negative_ids": [pictures[2].item_id, pictures[1].item_id], "negative_scores": [0.2, 0.4]}
+    row |= {"negative_similarities": [0.7, 0.6], "negative_reasons": ["hardest", "cycle"]}
+    artifact = run.artifact("hard_negatives", "oracle")
+    artifact.write(pa.Table.from_pylist([row], HARD_NEGATIVES), HARD_NEGATIVES)
+    artifact.finish(Manifest(table="hard_negatives", name="oracle", stage="test", fingerprint="0", rows=1))
 
 
 def make_bundle(run: Run, config: ServeConfig | None = None, revision: str = REVISION, rerank: bool = True) -> Bundle:
@@ -81,7 +94,9 @@ def trained_run(root: Path, checkpoint: Path) -> tuple[Run, RunConfig]:
     Path(artifact.uri).mkdir(parents=True)
     Path(artifact.child("model")).symlink_to(checkpoint, target_is_directory=True)
     artifact.finish(Manifest(table="reranker", name="order", stage="test", fingerprint="0"))
-    return run, RunConfig.model_validate({"run": str(root), "embed": {"model": str(checkpoint)}})
+    config = RunConfig.model_validate({"run": str(root), "embed": {"model": str(checkpoint)}})
+    (root / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return run, config
 
 
 def _lance(run: Run, table: str, data: pa.Table) -> None:
@@ -122,11 +137,12 @@ class FakeEncoder:
     failure: StageFailed | None = None
     seen: list[Item] = field(default_factory=list)
 
-    async def embed(self, items: Sequence[Item], deadline: Deadline) -> Encoded:
+    async def embed(self, items: Sequence[Item], deadline: Deadline, revision: str | None = None) -> Encoded:
         await _behave(self.delay, self.failure, deadline, "encoder")
         self.seen += items
         vectors = np.stack([vector_of(item, self.dim) for item in items])
-        return Encoded(vectors, [None] * len(items), sum(len(item.rendered.split()) for item in items), self.revision)
+        tokens = sum(len(item.rendered.split()) for item in items)
+        return Encoded(vectors, [None] * len(items), tokens, self.revision, "colors-embedder")
 
 
 @dataclass
@@ -214,7 +230,9 @@ def api_client(bundle: Bundle, limits: LimitsConfig | None = None, **options: ob
     stages = Stages(FakeEncoder(), LocalRetriever(engine), FakeReranker() if bundle.reranker else None)
     ids = bundle.run.artifact("pools").read(["item_id"]).column(0).to_pylist()
     tasks, words = query_tasks(bundle.run, payload), item_instructions(payload, ids)
-    return TestClient(build_app(bundle, stages, tasks, words, NoMeter(), **options), raise_server_exceptions=False)  # type: ignore[arg-type]
+    meter = options.pop("meter", NoMeter())
+    options.setdefault("negatives", read_negatives(bundle.run, None, payload))
+    return TestClient(build_app(bundle, stages, tasks, words, meter, **options), raise_server_exceptions=False)  # type: ignore[arg-type]
 
 
 def problem(answer: object) -> tuple[int, str | None, str | None]:

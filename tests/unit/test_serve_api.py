@@ -75,6 +75,21 @@ def test_search_by_picture_and_filters(api: TestClient) -> None:
         assert len(api.post("/v1/search", json={**body, "filter": filter_}).json()["results"]) == count
 
 
+def test_a_training_query_shows_its_hard_negatives(api: TestClient, bundle: Bundle) -> None:
+    query = api.post("/v1/search", json={"text": "red"}).json()["query_id"]
+    mined = api.get(f"/v1/negatives/{query}").json()
+    assert mined["judge"] == "oracle" and [item["judge_score"] for item in mined["positives"]] == pytest.approx([0.9])
+    assert [item["judge_score"] for item in mined["negatives"]] == pytest.approx([0.4, 0.2])
+    assert [item["reason"] for item in mined["negatives"]] == ["cycle", "hardest"], "likelier ones first"
+    assert api.get(mined["negatives"][0]["image_url"]).content == picture("green")
+    other = api.post("/v1/search", json={"text": "a question nobody trained on"}).json()["query_id"]
+    assert api.get(f"/v1/negatives/{other}").json()["negatives"] == []
+    assert problem(api.get("/v1/negatives/xyz")) == (422, "query_id", "invalid_value")
+    without = api_client(bundle, negatives=None)
+    assert without.get(f"/v1/negatives/{query}").json()["positives"] == []
+    assert not without.get("/v1/info").json()["hard_negatives"]
+
+
 def test_instruction_and_task(api: TestClient) -> None:
     bare = api.post("/v1/search", json={"text": "red", "instruction": ""}).json()
     assert bare["rendered_query"] == "red" and bare["task"] is None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ from tests.unit.serve_fixtures import (
 )
 from unime_ray.config_serve import LimitsConfig
 from unime_ray.serve.bundle import Bundle
-from unime_ray.serve.gate import key_digests
+from unime_ray.serve.gate import Gate, key_digests
+from unime_ray.serve.metrics import NoMeter
 
 MODEL = "colors-embedder"
 
@@ -57,6 +59,40 @@ def test_large_requests_are_refused(bundle: Bundle) -> None:
 
     chunked = api.post("/v1/search", content=pieces(), headers={"content-type": "application/json"})
     assert problem(chunked) == (413, "body", "request_too_large")
+
+
+def test_too_many_requests_at_once_are_told_to_come_back() -> None:
+    async def together() -> list[tuple[int, dict[bytes, bytes]]]:
+        release = asyncio.Event()
+
+        async def slow(scope: dict, receive: Callable, send: Callable) -> None:
+            await release.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        gate = Gate(slow, LimitsConfig(max_in_flight=2), NoMeter())
+        heads: list[tuple[int, dict[bytes, bytes]]] = []
+
+        async def one() -> None:
+            async def receive() -> dict:
+                return {"type": "http.request", "body": b"", "more_body": False}
+
+            async def send(message: dict) -> None:
+                if message["type"] == "http.response.start":
+                    heads.append((message["status"], dict(message["headers"])))
+
+            await gate({"type": "http", "method": "GET", "path": "/v1/info", "headers": []}, receive, send)
+
+        calls = [asyncio.create_task(one()) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        refused = len(heads)
+        release.set()
+        await asyncio.gather(*calls)
+        assert refused == 3 and gate.in_flight == 0
+        return heads
+
+    heads = asyncio.run(together())
+    assert [status for status, _ in heads] == [429] * 3 + [200] * 2
+    assert all(headers[b"retry-after"] == b"1" for status, headers in heads if status == 429)
 
 
 def test_large_pictures_are_refused(bundle: Bundle) -> None:

@@ -71,6 +71,13 @@ def test_every_kind_of_index_finds_most_and_says_how_much(kind: str, precision: 
     odd = np.arange(2000) % 2 == 1
     _, rows = snapshot.search(vectors[:5], 10, odd)
     assert (rows % 2 == 1).all(), "the mask holds"
+    mapped = Snapshot(vectors, config.model_copy(update={"memory_map": True}))
+    for mask in (None, odd):
+        for one, other in zip(
+            snapshot.search(vectors[:5], 10, mask), mapped.search(vectors[:5], 10, mask), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+    assert "memory-mapped" in mapped.report.factory
 
 
 def test_search_equals_brute_force_through_writes_and_deletions() -> None:

@@ -46,7 +46,7 @@ class Counting(NoMeter):
 def searcher(engine: RetrieverEngine, **stages: object) -> Searcher:
     encoder, reranker = stages.get("encoder", FakeEncoder()), stages.get("reranker", FakeReranker())
     retriever = stages.get("retriever", LocalRetriever(engine))
-    return Searcher(encoder, retriever, reranker, [], ServeConfig(limits=LIMITS), "e", "r", Counting())  # type: ignore[arg-type]
+    return Searcher(encoder, retriever, reranker, [], ServeConfig(limits=LIMITS), "r", Counting())  # type: ignore[arg-type]
 
 
 def ask(one: Searcher, **body: object) -> SearchAnswer:

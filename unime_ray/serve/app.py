@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from unime_ray.serve.errors import ApiError, StageFailed
 from unime_ray.serve.gate import Gate
 from unime_ray.serve.items import Items
 from unime_ray.serve.metrics import Meter
+from unime_ray.serve.negatives import Negatives
 from unime_ray.serve.page import render_page
 from unime_ray.serve.schemas import (
     EmbeddingsAnswer,
@@ -37,6 +39,7 @@ from unime_ray.serve.schemas import (
     Kind,
     ModelCard,
     ModelsAnswer,
+    NegativesAnswer,
     ReadyAnswer,
     RerankAnswer,
     RerankRequest,
@@ -57,6 +60,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 STATE_MS = 2_000
 FOREVER = "private, max-age=31536000, immutable"
 ItemId = Annotated[str, Path(min_length=1, max_length=200)]
+QueryId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="`query_id` of a search's answer.")]
 Text = Annotated[str | None, Query(max_length=200)]
 
 
@@ -77,8 +81,10 @@ def build_app(
     meter: Meter,
     digests: Sequence[bytes] = (),
     hosts: Sequence[str] | None = None,
+    negatives: Negatives | None = None,
 ) -> Gate:
-    """The ASGI application. `digests`: of the API keys; `hosts`: Host headers taken (None: any)."""
+    """The ASGI application. `digests`: of the API keys; `hosts`: Host headers taken (None: any); `negatives`: of the
+    run's training queries."""
     config, reranker = bundle.config, bundle.reranker.name if bundle.reranker else None
     searcher = Searcher(
         stages.encoder,
@@ -86,28 +92,39 @@ def build_app(
         stages.reranker,
         tasks,
         config,
-        bundle.embedder.name,
         reranker,
         meter,
         tuple(item_instructions.values()),
     )
-    standard = StandardApis(stages.encoder, stages.reranker, config, bundle.embedder.name, reranker)
+    standard = StandardApis(stages.encoder, stages.reranker, config, bundle.embedder, reranker)
     items = Items(stages.encoder, stages.retriever, item_instructions, config, meter)
     # No /docs page: it loads its code from another host.
     app = FastAPI(title="unime-ray", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
     _errors(app)
     _search_routes(app, searcher)
+    _negative_routes(app, negatives, tuple(item_instructions.values()))
     _standard_routes(app, standard, bundle)
     _item_routes(app, items)
-    _service_routes(app, bundle, stages, tasks)
+    _service_routes(app, bundle, stages, tasks, negatives is not None)
     return Gate(app, config.limits, meter, digests, hosts)
 
 
 def _search_routes(app: FastAPI, searcher: Searcher) -> None:
-    @app.post("/v1/search", tags=["search"], operation_id="search")
-    async def search(body: SearchRequest, request: Request) -> SearchAnswer:
+    @app.post("/v1/search", tags=["search"], operation_id="search", response_model=SearchAnswer)
+    async def search(body: SearchRequest, request: Request) -> Response:
         """Retrieve by text, picture or both, then rerank."""
-        return await searcher.search(body, _request_id(request))
+        answer = await searcher.search(body, _request_id(request))
+        # Written by pydantic at once: validating our own answer again would cost as much as retrieving it.
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _negative_routes(app: FastAPI, negatives: Negatives | None, item_instructions: Sequence[str]) -> None:
+    @app.get("/v1/negatives/{query_id}", tags=["search"], operation_id="negatives")
+    async def of_query(query_id: QueryId) -> NegativesAnswer:
+        """The hard negatives that a training query was given, with the judge's scores."""
+        if negatives is None:
+            return NegativesAnswer(query_id=query_id, judge=None, positives=[], negatives=[])
+        return await asyncio.to_thread(negatives.of, bytes.fromhex(query_id), item_instructions)
 
 
 def _standard_routes(app: FastAPI, standard: StandardApis, bundle: Bundle) -> None:
@@ -189,7 +206,7 @@ def _item_routes(app: FastAPI, items: Items) -> None:
         return Response(body, media_type=media, headers=headers | {"Content-Security-Policy": "default-src 'none'"})
 
 
-def _service_routes(app: FastAPI, bundle: Bundle, stages: Stages, tasks: Sequence[Task]) -> None:
+def _service_routes(app: FastAPI, bundle: Bundle, stages: Stages, tasks: Sequence[Task], hard_negatives: bool) -> None:
     config = bundle.config
     reranker = bundle.reranker.name if bundle.reranker else None
 
@@ -224,6 +241,7 @@ def _service_routes(app: FastAPI, bundle: Bundle, stages: Stages, tasks: Sequenc
             k=config.k,
             max_k=config.limits.max_k,
             rerank_top_k=config.rerank_top_k,
+            hard_negatives=hard_negatives,
             tasks=[TaskInfo(name=t.name, query=t.kind, instruction=t.instruction) for t in tasks],  # type: ignore[arg-type]
             groups=groups,
         )

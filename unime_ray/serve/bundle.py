@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
+import yaml
+from pydantic import ValidationError
 
-from unime_ray.artifacts import Run, filesystem
+from unime_ray.artifacts import Run, filesystem, read_text
 from unime_ray.config import PixelBudget, RunConfig, nearest
 from unime_ray.config_serve import ServeConfig
 from unime_ray.corpus.payload import PayloadStore
@@ -40,6 +44,8 @@ class Bundle:
     embedder: Checkpoint
     reranker: Checkpoint | None
     config: ServeConfig
+    judge: str | None = None
+    """Whose hard negatives the embedder was trained on."""
 
     def payload(self) -> PayloadStore:
         return PayloadStore(self.run.artifact("images").data_uri, self.run.artifact("items").data_uri)
@@ -56,9 +62,51 @@ def resolve_bundle(run: Run, config: RunConfig, serve: ServeConfig) -> Bundle:
     for table in ("images", "items", "pools"):
         run.artifact(table).require()
     embedder = _embedder(run, config, serve)
+    trained = config.embedders.get(embedder.name)
+    judge = None if trained is None else trained.judge
     if config.embed.dimensions is not None:
         embedder = replace(embedder, dim=config.embed.dimensions)
-    return Bundle(run, embedder, _reranker(run, config, serve), serve)
+    return Bundle(run, embedder, _reranker(run, config, serve), serve, judge)
+
+
+def run_config(run: Run) -> RunConfig:
+    """The config a run saved with itself.
+
+    Raises:
+        ConfigError: there is none; or none that this version reads.
+    """
+    text = read_text(run.child("config.yaml"))
+    if text is None:
+        raise ConfigError(f"{run.root}: no config.yaml there; is it a run folder?")
+    try:
+        return RunConfig.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ConfigError(f"{run.child('config.yaml')}: {' '.join(str(error).split())}") from error
+
+
+def choice_of(bundle: Bundle) -> dict[str, Any]:
+    """What `chosen` takes: the models by name and the index."""
+    reranker = bundle.reranker.name if bundle.reranker else NO_RERANKER
+    return {"embedder": bundle.embedder.name, "reranker": reranker, "index": bundle.config.index.model_dump()}
+
+
+def chosen(bundle: Bundle, choice: Mapping[str, Any]) -> Bundle:
+    """The bundle with other models or another index: `embedder`, `reranker` and `index` as in the config's `serve`.
+
+    Raises:
+        ConfigError: a key or value cannot be used, or the run has no such model.
+    """
+    own = choice_of(bundle)
+    if dict(choice) == own:
+        return bundle
+    for key in choice:
+        if key not in own:
+            raise ConfigError(f"user_config.{key}: unknown{nearest(key, own)}")
+    try:
+        settings = ServeConfig.model_validate(bundle.config.model_dump() | dict(choice))
+    except ValidationError as error:
+        raise ConfigError(f"user_config: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
+    return resolve_bundle(bundle.run, run_config(bundle.run), settings)
 
 
 def _embedder(run: Run, config: RunConfig, serve: ServeConfig) -> Checkpoint:

@@ -9,6 +9,7 @@ Shape suffixes: N snapshot rows, T tail rows, D dimensions.
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,25 @@ class Wanted:
 
     def all(self) -> bool:
         return self == Wanted()
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One of `count` parts of the index; what an item is called decides which part holds it."""
+
+    place: int = 0
+    count: int = 1
+
+    def holds(self, name: str) -> bool:
+        return shard_of(name, self.count) == self.place
+
+
+WHOLE = Shard()
+
+
+def shard_of(name: str, count: int) -> int:
+    """The part that holds the item called `name`; the same in every process."""
+    return zlib.crc32(name.encode()) % count
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +97,24 @@ class Catalog:
     """Search and replay of the log; thread-safe. One lock guards the tail; faiss searches outside it."""
 
     def __init__(
-        self, base: Rows, vectors_ND: np.ndarray, config: IndexConfig, revision: str, log: Sequence[LogRow] = ()
+        self,
+        base: Rows,
+        vectors_ND: np.ndarray,
+        config: IndexConfig,
+        revision: str,
+        log: Sequence[LogRow] = (),
+        shard: Shard = WHOLE,
     ) -> None:
-        """`base` and `vectors_ND` are the run's pool; `revision` made the vectors; `log` (from row 0) is folded in."""
+        """`base` and `vectors_ND` are the run's pool (of this shard); `revision` made the vectors; `log` (from row 0,
+        of every shard) is folded in."""
+        self.version = log[-1].row + 1 if log else 0
+        """Log rows taken in."""
+        log = [row for row in log if shard.holds(row.id)]
         rows, vectors = fold(base, vectors_ND, log, revision)
+        self.shard = shard
         self.config, self.revision = config, revision
         self.snapshot = Snapshot(vectors, config)
         self.dim = vectors.shape[1]
-        self.version = log[-1].row + 1 if log else 0
-        """Log rows taken in."""
         self._rows = rows
         self._place = {ref.id: place for place, ref in enumerate(rows.refs)}
         self._alive = np.ones(len(rows.refs) + TAIL_CAPACITY, bool)
@@ -126,9 +155,10 @@ class Catalog:
             for row in log:
                 if row.row < self.version:
                     continue
-                self._forget(row.id)
-                if row.op != DELETE:
-                    self._add(row)
+                if self.shard.holds(row.id):
+                    self._forget(row.id)
+                    if row.op != DELETE:
+                        self._add(row)
                 self.version = row.row + 1
             self._masks.clear()
 

@@ -36,6 +36,7 @@ def serve_run(
     """
     from ray import serve
     from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
 
     from unime_ray.serve.deployments import application
 
@@ -45,16 +46,23 @@ def serve_run(
     open_to_all = host not in LOOPBACK
     if open_to_all and not digests:
         log.warning("serving on %s with no API key: whoever reaches it may write; set %s", host, settings.api_key_env)
-    seconds = settings.limits.max_deadline_ms / 1000 + REQUEST_SECONDS_SPARE
-    serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=seconds), proxy_location="HeadOnly")
+    options = HTTPOptions(host=host, port=port, request_timeout_s=request_seconds(settings))
+    quiet = LoggingConfig(enable_access_log=False)  # the gate writes a line a request; Serve's own, one a hop, cost
+    serve.start(http_options=options, proxy_location="HeadOnly", logging_config=quiet)
+    graph = application(bundle, digests, None if open_to_all else LOOPBACK)
     try:
-        serve.run(application(bundle, digests, None if open_to_all else LOOPBACK), name=APP, route_prefix="/")
+        serve.run(graph, name=APP, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
         raise ConfigError(f"serving did not start: {' '.join(str(error).split())}") from error
     log.info("serving %s at http://%s:%d", run.root, host, port)
     if blocking:
         _wait()
     return bundle
+
+
+def request_seconds(settings: ServeConfig) -> float:
+    """When Ray's proxy gives up on a request: after the longest deadline that one may have."""
+    return settings.limits.max_deadline_ms / 1000 + REQUEST_SECONDS_SPARE
 
 
 def _wait() -> None:

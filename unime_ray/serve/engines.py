@@ -35,7 +35,7 @@ class EncoderEngine:
             rows = [row_of[item.item_id] for item in group]
             reasons = [errors[row] or _broken(norms[row]) for row in rows]
             tokens = sum(len(self.backbone.encode_text(item.rendered)) for item in group)
-            answers.append(Encoded(vectors_ND[rows], reasons, tokens, self.checkpoint.revision))
+            answers.append(Encoded(vectors_ND[rows], reasons, tokens, self.checkpoint.revision, self.checkpoint.name))
         return answers
 
 

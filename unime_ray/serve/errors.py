@@ -69,3 +69,7 @@ class StageOverloaded(StageFailed):
 
 class StageDown(StageFailed):
     reason = "down"
+
+
+class StageBroke(StageDown):
+    """It raised an error: its code, or something in the request, is at fault."""

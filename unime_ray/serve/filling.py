@@ -47,7 +47,7 @@ async def fill(engine: RetrieverEngine, encoder: EncoderStage) -> None:
     for start in range(0, len(missing), CHUNK):
         ids = missing[start : start + CHUNK]
         items = await asyncio.to_thread(engine.payload.items, ids)
-        encoded = await _patiently(encoder, items)
+        encoded = await _patiently(encoder, items, engine.revision)
         await asyncio.to_thread(engine.take_in, ids, encoded.vectors, encoded.errors)
         if time.monotonic() - built > REBUILD_SECONDS:
             await asyncio.to_thread(engine.rebuild)
@@ -59,17 +59,26 @@ async def reembed(engine: RetrieverEngine, encoder: EncoderStage) -> None:
     """Give live items of another revision a vector of this one."""
     rows = engine.catalog.stale[:CHUNK]
     items = await asyncio.to_thread(engine.live.items, [row.row for row in rows])
-    encoded = await _patiently(encoder, items)
+    encoded = await _patiently(encoder, items, engine.revision)
     good = [place for place, error in enumerate(encoded.errors) if error is None]
     kept = [rows[place] for place in good], [items[place] for place in good], encoded.vectors[good]
     await asyncio.to_thread(engine.reembedded, *kept)
 
 
-async def _patiently(encoder: EncoderStage, items: Sequence[Item]) -> Encoded:
-    """Ask until the encoder answers: at a start it may still be loading, under load its queue may be full."""
+async def reembed_all(engine: RetrieverEngine, encoder: EncoderStage) -> None:
+    """`reembed` until no live item is left behind."""
+    await asyncio.to_thread(engine.refresh)
+    while engine.catalog.stale:
+        await reembed(engine, encoder)
+
+
+async def _patiently(encoder: EncoderStage, items: Sequence[Item], revision: str) -> Encoded:
+    """Ask until the encoder answers with `revision`: it may still be loading it, and under load its queue be full."""
     while True:
         try:
-            return await encoder.embed(items, Deadline.after_ms(CHUNK_MS))
+            encoded = await encoder.embed(items, Deadline.after_ms(CHUNK_MS), revision)
+            if encoded.revision == revision:
+                return encoded
         except StageFailed as failure:
             log.warning("embedding waits: %s", failure)
-            await asyncio.sleep(PAUSE_SECONDS)
+        await asyncio.sleep(PAUSE_SECONDS)

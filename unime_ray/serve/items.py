@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from unime_ray.config_serve import ServeConfig
 from unime_ray.corpus.payload import Item
 from unime_ray.errors import RejectedRow
+from unime_ray.serve.agree import AgreeingEncoder
 from unime_ray.serve.catalog import Ref, Wanted
 from unime_ray.serve.content import check_text, make_item
 from unime_ray.serve.deadline import Deadline
@@ -24,7 +25,7 @@ from unime_ray.serve.schemas import (
     ItemWrite,
 )
 from unime_ray.serve.search import deadline_of, image_url
-from unime_ray.serve.stages import EncoderStage, NewItem, RetrieverStage
+from unime_ray.serve.stages import Encoded, EncoderStage, NewItem, RetrieverStage
 from unime_ray.serve.tasks import caption, kind_of
 
 PICTURE_CACHE_BYTES = 64 << 20
@@ -43,7 +44,7 @@ class Items:
         config: ServeConfig,
         meter: Meter,
     ) -> None:
-        self.encoder, self.retriever = encoder, retriever
+        self.encoder, self.retriever = AgreeingEncoder(encoder), retriever
         self.instructions, self.config, self.meter = instructions, config, meter
         self._pictures: OrderedDict[tuple[str, str | None, int | None], Picture] = OrderedDict()
         self._picture_bytes = 0
@@ -55,11 +56,14 @@ class Items:
             raise invalid("items", f"{len(request.items)} items; at most {limit} are taken at once")
         deadline = deadline_of(request.deadline_ms, self.config)
         new = await asyncio.to_thread(lambda: [self._new(item, f"items[{n}]") for n, item in enumerate(request.items)])
-        encoded = await self.encoder.embed([each.item for each in new], deadline)
-        for place, error in enumerate(encoded.errors):
-            if error is not None:
-                raise invalid(f"items[{place}]", error)
-        ids, version = await self.retriever.write(new, encoded.vectors, encoded.revision, deadline)
+
+        async def write(encoded: Encoded) -> tuple[list[str], int]:
+            for place, error in enumerate(encoded.errors):
+                if error is not None:
+                    raise invalid(f"items[{place}]", error)
+            return await self.retriever.write(new, encoded.vectors, encoded.revision, deadline)
+
+        _, (ids, version) = await self.encoder.embed_for([each.item for each in new], deadline, write)
         return ItemsWriteAnswer(ids=ids, version=version)
 
     async def delete(self, name: str) -> ItemDeleteAnswer:

@@ -116,8 +116,8 @@ class LiveLog:
             rows.append(LogRow(row=number, vector=array, **{k: v for k, v in value.items() if v is not None}))
         return rows
 
-    def items(self, rows: Sequence[int]) -> list[Item]:
-        """The payload of put rows, in order; rows may repeat."""
+    def items(self, rows: Sequence[int], pictures: bool = True) -> list[Item]:
+        """The payload of put rows, in order; rows may repeat. `pictures` False: `image` is None."""
         if not rows:
             return []
         dataset = self._dataset if self._dataset is not None else self._latest()
@@ -125,9 +125,9 @@ class LiveLog:
             dataset = self._latest()
         assert dataset is not None, f"{self.uri}: rows were handed out, so the log is there"
         unique = list(dict.fromkeys(rows))
-        columns = ["item_id", "rendered", "text", "image_id", "image"]
+        columns = ["item_id", "rendered", "text", "image_id", *(["image"] if pictures else [])]
         taken = dict(zip(unique, dataset.take(unique, columns=columns).to_pylist(), strict=True))
-        return [Item(**taken[row]) for row in rows]
+        return [Item(**{"image": None} | taken[row]) for row in rows]
 
     def _append(self, table: pa.Table) -> None:
         base, options = lance_location(self.uri)

@@ -18,18 +18,18 @@ from unime_ray.artifacts import Run, filesystem
 from unime_ray.corpus.lance_io import open_lance
 from unime_ray.ids import show
 from unime_ray.schemas import embeddings_schema
-from unime_ray.serve.catalog import Ref, Rows
+from unime_ray.serve.catalog import WHOLE, Ref, Rows, Shard
 
 
-def pool_rows(run: Run) -> Rows:
-    """Every item of the run's pools, once, with the groups (dataset, split) it is in."""
+def pool_rows(run: Run, shard: Shard = WHOLE) -> Rows:
+    """Every item of the run's pools that `shard` holds, once, with the groups (dataset, split) it is in."""
     pools = run.artifact("pools").read()
     members: dict[bytes, list[tuple[str, str]]] = {}
     for row in pools.to_pylist():
         members.setdefault(row["item_id"], []).append((row["dataset"], row["split"]))
     images = _image_ids(run)
     rows = Rows()
-    for identifier in sorted(members):
+    for identifier in sorted(each for each in members if shard.holds(show(each))):
         dataset, split = members[identifier][0]
         for group in dict.fromkeys(members[identifier]):
             rows.groups.setdefault(group, []).append(len(rows.refs))
@@ -37,8 +37,8 @@ def pool_rows(run: Run) -> Rows:
     return rows
 
 
-def known_vectors(run: Run, revision: str) -> dict[bytes, np.ndarray]:
-    """float32 vectors that `revision` made, by item id."""
+def known_vectors(run: Run, revision: str, shard: Shard = WHOLE) -> dict[bytes, np.ndarray]:
+    """float32 vectors that `revision` made of what `shard` holds, by item id."""
     uris = [artifact.data_uri for artifact in run.artifacts() if artifact.table == "embeddings"]
     manifests = [artifact.require() for artifact in run.artifacts() if artifact.table == "embeddings"]
     sources = [uri for uri, manifest in zip(uris, manifests, strict=True) if manifest.revision == revision]
@@ -54,7 +54,8 @@ def known_vectors(run: Run, revision: str) -> dict[bytes, np.ndarray]:
             column = batch.column("embedding")
             flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
             vectors = flat.reshape(batch.num_rows, -1)
-            found |= dict(zip(batch.column("item_id").to_pylist(), vectors, strict=True))
+            pairs = zip(batch.column("item_id").to_pylist(), vectors, strict=True)
+            found |= {identifier: vector for identifier, vector in pairs if shard.holds(show(identifier))}
     return found
 
 

@@ -16,10 +16,14 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from unime_ray.config_serve import StageConfig
 from unime_ray.corpus.payload import Item
+from unime_ray.serve.agree import OtherRevision
 from unime_ray.serve.catalog import Found, Ref, Wanted
+from unime_ray.serve.coalesce import Coalescer
 from unime_ray.serve.deadline import Deadline
-from unime_ray.serve.errors import StageDown, StageLate, StageOverloaded
+from unime_ray.serve.errors import StageBroke, StageDown, StageLate, StageOverloaded
+from unime_ray.serve.metrics import Meter
 from unime_ray.serve.stages import Encoded, IndexState, NewItem, Page
 
 log = logging.getLogger("ray.serve.unime")
@@ -32,7 +36,7 @@ async def call(handle: DeploymentHandle, stage: str, method: str, *arguments: An
     Raises:
         StageLate: none by the deadline.
         StageOverloaded: the deployment's queue is full.
-        StageDown: the deployment is unavailable, or the replica raised.
+        StageDown: the deployment is unavailable; StageBroke: the replica raised.
     """
     while True:
         left = deadline.left()
@@ -49,7 +53,7 @@ async def call(handle: DeploymentHandle, stage: str, method: str, *arguments: An
         except RayTaskError as error:
             if not isinstance(error, RayActorError):
                 log.error("%s raised in %s", stage, method, exc_info=error)
-                raise StageDown(stage, "it raised an error") from error
+                raise StageBroke(stage, "it raised an error") from error
             await asyncio.sleep(RETRY_SECONDS)
         except RayActorError:
             await asyncio.sleep(RETRY_SECONDS)
@@ -58,24 +62,29 @@ async def call(handle: DeploymentHandle, stage: str, method: str, *arguments: An
 
 
 class RemoteEncoder:
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, config: StageConfig, meter: Meter | None = None) -> None:
         self.handle = handle
+        self._embed = Coalescer("encoder", self._send, config, meter)
 
-    async def embed(self, items: Sequence[Item], deadline: Deadline) -> Encoded:
-        answer = await call(self.handle, "encoder", "embed", list(items), deadline, deadline=deadline)
-        if answer is None:
-            raise StageLate("encoder")
-        return answer
+    async def embed(self, items: Sequence[Item], deadline: Deadline, revision: str | None = None) -> Encoded:
+        return _in_time("encoder", await self._embed.ask((list(items), revision, deadline), deadline))
+
+    async def _send(self, calls: list[Any], deadline: Deadline) -> Sequence[Any]:
+        return await call(self.handle, "encoder", "embed", calls, deadline=deadline)
 
 
 class RemoteRetriever:
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, config: StageConfig, meter: Meter | None = None) -> None:
         self.handle = handle
+        self._search = Coalescer("retriever", self._send, config, meter)
 
     async def search(
         self, vector_D: np.ndarray, revision: str, k: int, wanted: Wanted, deadline: Deadline
     ) -> list[tuple[Found, Item]]:
-        return _same_model(await self._call("search", vector_D, revision, k, wanted, deadline=deadline))
+        return _same_model(await self._search.ask((vector_D, revision, k, wanted), deadline))
+
+    async def _send(self, calls: list[Any], deadline: Deadline) -> Sequence[Any]:
+        return await self._call("search", calls, deadline=deadline)
 
     async def write(
         self, items: Sequence[NewItem], vectors_ND: np.ndarray, revision: str, deadline: Deadline
@@ -102,8 +111,9 @@ class RemoteRetriever:
 
 
 class RemoteReranker:
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, config: StageConfig, meter: Meter | None = None) -> None:
         self.handle = handle
+        self._score_many = Coalescer("reranker", self._send, config, meter)
 
     async def rerank_refs(self, query: Item, refs: Sequence[Ref], deadline: Deadline) -> list[float | None]:
         return await self._score(query, list(refs), "listwise", deadline)
@@ -116,14 +126,21 @@ class RemoteReranker:
     async def _score(
         self, query: Item, candidates: list[Ref] | list[Item], mode: str, deadline: Deadline
     ) -> list[float | None]:
-        answer = await call(self.handle, "reranker", "score", query, candidates, mode, deadline, deadline=deadline)
-        if answer is None:
-            raise StageLate("reranker")
-        return answer
+        return _in_time("reranker", await self._score_many.ask((query, candidates, mode, deadline), deadline))
+
+    async def _send(self, calls: list[Any], deadline: Deadline) -> Sequence[Any]:
+        return await call(self.handle, "reranker", "score", calls, deadline=deadline)
+
+
+def _in_time(stage: str, answer: Any) -> Any:
+    """`answer`, unless the deadline passed before its turn came (None)."""
+    if answer is None:
+        raise StageLate(stage)
+    return answer
 
 
 def _same_model(answer: Any) -> Any:
-    """`answer`, unless the index holds vectors of another revision than the encoder's (None)."""
-    if answer is None:
-        raise StageDown("retriever", "its index is being rebuilt for another revision of the embedder")
+    """`answer`, unless it is the name of the revision the index holds instead."""
+    if isinstance(answer, str):
+        raise OtherRevision(answer)
     return answer

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unime_ray.corpus.payload import Item, PayloadStore
+from unime_ray.corpus.payload import Item
 from unime_ray.ids import show
 from unime_ray.serve.bundle import Bundle
-from unime_ray.serve.catalog import Catalog, Found, Ref, Rows, Wanted
+from unime_ray.serve.catalog import WHOLE, Catalog, Found, Ref, Rows, Shard, Wanted
 from unime_ray.serve.live import LiveLog, LogRow, Put
+from unime_ray.serve.payloads import Payloads
 from unime_ray.serve.pool import known_vectors, pool_rows, save_vectors
 from unime_ray.serve.stages import IndexState, NewItem, Page
 
@@ -25,15 +26,17 @@ log = logging.getLogger("unime_ray.serve")
 
 
 class RetrieverEngine:
-    """Thread-safe. `revision` is the embedder's: vectors of no other are searched."""
+    """Thread-safe. `revision` is the embedder's: vectors of no other are searched. `shard`: the part it holds."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, shard: Shard = WHOLE) -> None:
+        self.shard = shard
         self.run, self.config = bundle.run, bundle.config.index
         self.revision, self.dim = bundle.embedder.revision, bundle.embedder.dim
         self.payload = bundle.payload()
         self.live = LiveLog(bundle.run)
-        self._pool = pool_rows(bundle.run)
-        self._vectors = known_vectors(bundle.run, self.revision)
+        self._texts = Payloads(self.payload, self.live, pictures=False)
+        self._pool = pool_rows(bundle.run, shard)
+        self._vectors = known_vectors(bundle.run, self.revision, shard)
         self._unusable: set[bytes] = set()
         self._write_lock = threading.Lock()
         self._rebuilding = threading.Lock()
@@ -82,12 +85,12 @@ class RetrieverEngine:
     ) -> list[list[tuple[Found, Item]]]:
         """Hits of several queries, with texts; pictures are left out."""
         found = self.catalog.search(vectors_QD, ks, wanted)
-        items = iter(self.items([hit.ref for hits in found for hit in hits]))
-        return [[(hit, _without_picture(next(items))) for hit in hits] for hits in found]
+        items = iter(self._texts.items([hit.ref for hits in found for hit in hits]))
+        return [[(hit, next(items)) for hit in hits] for hits in found]
 
     def write(self, items: Sequence[NewItem], vectors_ND: np.ndarray) -> tuple[list[str], int]:
         """(ids, version): durable and searchable when this returns."""
-        names = [new.id or show(new.item.item_id) for new in items]
+        names = [new.name for new in items]
         puts = [
             Put(name, new.item, new.dataset, new.split, self.revision, vector)
             for name, new, vector in zip(names, items, vectors_ND, strict=True)
@@ -120,24 +123,19 @@ class RetrieverEngine:
 
     def get(self, name: str) -> tuple[Ref, Item] | None:
         ref = self.catalog.get(name)
-        return None if ref is None else (ref, _without_picture(self.items([ref])[0]))
+        return None if ref is None else (ref, self._texts.items([ref])[0])
 
     def page(self, start: int, limit: int, wanted: Wanted) -> Page:
         refs, following, total = self.catalog.page(start, limit, wanted)
-        items = [_without_picture(item) for item in self.items(refs)]
-        return Page(list(zip(refs, items, strict=True)), following, total)
+        return Page(list(zip(refs, self._texts.items(refs), strict=True)), following, total)
 
     def picture(self, name: str) -> tuple[bytes, bytes] | None:
         """(image id, encoded picture) of the item called `name`."""
         ref = self.catalog.get(name)
         if ref is None or ref.image_id is None:
             return None
-        data = self.items([ref])[0].image
+        data = Payloads(self.payload, self.live, pictures=True, cache_bytes=0).items([ref])[0].image
         return None if data is None else (ref.image_id, data)
-
-    def items(self, refs: Sequence[Ref]) -> list[Item]:
-        """Payload of items in order, from the run or the live log."""
-        return fetch(self.payload, self.live, refs)
 
     def state(self) -> IndexState:
         catalog = self.catalog
@@ -163,18 +161,4 @@ class RetrieverEngine:
         self._pending = len(self._pool.refs) - len(refs) - len(self._unusable)
         vectors = [self._vectors[ref.item_id] for ref in refs]
         vectors_ND = np.array(vectors, np.float32).reshape(len(refs), self.dim)
-        return Catalog(Rows(refs, groups), vectors_ND, self.config, self.revision, log_rows)
-
-
-def fetch(payload: PayloadStore, live: LiveLog, refs: Sequence[Ref]) -> list[Item]:
-    """Payload of items in order: those without a log row from the run, the others from the live log."""
-    stored = [ref.item_id for ref in refs if ref.log_row is None]
-    written = [ref.log_row for ref in refs if ref.log_row is not None]
-    from_run = iter(payload.items(stored))
-    from_log = iter(live.items(written))
-    return [next(from_run) if ref.log_row is None else next(from_log) for ref in refs]
-
-
-def _without_picture(item: Item) -> Item:
-    """What an answer shows; the picture is fetched by its address."""
-    return Item(item.item_id, item.rendered, item.text, item.image_id, None)
+        return Catalog(Rows(refs, groups), vectors_ND, self.config, self.revision, log_rows, self.shard)

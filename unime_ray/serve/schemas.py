@@ -80,6 +80,7 @@ class Timings(Answer):
 
 class SearchAnswer(Answer):
     request_id: str
+    query_id: str = Field(description="Hash of the query's content: what the run's tables call it.")
     results: list[SearchHit]
     reranked: bool
     degraded: bool = Field(description="The reranker was asked for but did not answer: this is the retrieval order.")
@@ -89,6 +90,24 @@ class SearchAnswer(Answer):
     embedder: str
     reranker: str | None
     timings_ms: Timings
+
+
+class NegativeItem(Answer):
+    id: str
+    caption: str | None
+    image_url: str | None
+    judge_score: float = Field(description="The judge's probability of Yes.")
+    similarity: float | None = Field(description="Cosine under the embedder that mined; null for a positive.")
+    reason: str | None = Field(description="Why it was chosen; null for a positive.")
+
+
+class NegativesAnswer(Answer):
+    """Empty lists: not a training query."""
+
+    query_id: str
+    judge: str | None
+    positives: list[NegativeItem]
+    negatives: list[NegativeItem]
 
 
 class TaskInfo(Answer):
@@ -115,6 +134,7 @@ class InfoAnswer(Answer):
     k: int
     max_k: int
     rerank_top_k: int
+    hard_negatives: bool = Field(description="Whether /v1/negatives knows this run's training queries.")
     tasks: list[TaskInfo]
     groups: list[GroupInfo]
 

@@ -13,6 +13,8 @@ from collections.abc import Collection, Sequence
 from unime_ray.config import nearest
 from unime_ray.config_serve import ServeConfig
 from unime_ray.corpus.payload import Item
+from unime_ray.ids import show
+from unime_ray.serve.agree import AgreeingEncoder
 from unime_ray.serve.breaker import Breaker
 from unime_ray.serve.catalog import Found, Wanted
 from unime_ray.serve.content import make_item
@@ -20,7 +22,7 @@ from unime_ray.serve.deadline import Deadline
 from unime_ray.serve.errors import ApiError, StageDown, StageFailed, invalid
 from unime_ray.serve.metrics import Meter
 from unime_ray.serve.schemas import SearchAnswer, SearchHit, SearchRequest, Timings
-from unime_ray.serve.stages import EncoderStage, RerankerStage, RetrieverStage
+from unime_ray.serve.stages import Encoded, EncoderStage, RerankerStage, RetrieverStage
 from unime_ray.serve.tasks import Task, caption, kind_of
 
 Hit = tuple[Found, Item]
@@ -45,7 +47,7 @@ class Watch:
 
 
 class Searcher:
-    """The two-stage graph as one call. `embedder` and `reranker_name` are what answers call the models."""
+    """The two-stage graph as one call. `reranker_name` is what answers call the reranker."""
 
     def __init__(
         self,
@@ -54,15 +56,14 @@ class Searcher:
         reranker: RerankerStage | None,
         tasks: Sequence[Task],
         config: ServeConfig,
-        embedder: str,
         reranker_name: str | None,
         meter: Meter,
         item_instructions: Collection[str] = (),
     ) -> None:
         self.item_instructions = item_instructions
-        self.encoder, self.retriever, self.reranker = encoder, retriever, reranker
+        self.encoder, self.retriever, self.reranker = AgreeingEncoder(encoder), retriever, reranker
         self.tasks, self.config, self.meter = tasks, config, meter
-        self.embedder, self.reranker_name = embedder, reranker_name
+        self.reranker_name = reranker_name
         self.breaker = Breaker()
 
     async def search(self, request: SearchRequest, request_id: str) -> SearchAnswer:
@@ -72,16 +73,19 @@ class Searcher:
         if k > limits.max_k:
             raise invalid("k", f"{k}; at most {limits.max_k} results are given")
         deadline = deadline_of(request.deadline_ms, self.config)
-        query, task = await asyncio.to_thread(self.query_item, request)
+        query, task = await self._prepare(request)
         watch.lap("prepare")
-        encoded = await self.encoder.embed([query], deadline)
-        if encoded.errors[0] is not None:
-            raise invalid("text" if query.image is None else "image", encoded.errors[0])
-        watch.lap("encode")
         reranks = request.rerank and self.reranker is not None
         wanted = Wanted(request.filter.dataset, request.filter.split, request.filter.kind)
         depth = max(k, self.config.rerank_top_k) if reranks else k
-        hits = await self.retriever.search(encoded.vectors[0], encoded.revision, depth, wanted, deadline)
+
+        async def retrieve(encoded: Encoded) -> list[Hit]:
+            if encoded.errors[0] is not None:
+                raise invalid("text" if query.image is None else "image", encoded.errors[0])
+            watch.lap("encode")
+            return await self.retriever.search(encoded.vectors[0], encoded.revision, depth, wanted, deadline)
+
+        encoded, hits = await self.encoder.embed_for([query], deadline, retrieve)
         watch.lap("retrieve")
         scores, reason = await self._scores(query, hits, deadline) if reranks else (None, None)
         if reranks:
@@ -90,16 +94,23 @@ class Searcher:
             self.meter.degraded(reason)
         return SearchAnswer(
             request_id=request_id,
+            query_id=show(query.item_id),
             results=ranked(hits, scores, self.item_instructions)[:k],
             reranked=scores is not None,
             degraded=reason is not None,
             degraded_reason=reason,
             task=None if task is None else task.name,
             rendered_query=query.rendered,
-            embedder=self.embedder,
+            embedder=encoded.model,
             reranker=self.reranker_name if scores is not None else None,
             timings_ms=watch.timings(),
         )
+
+    async def _prepare(self, request: SearchRequest) -> tuple[Item, Task | None]:
+        """Pictures are decoded beside the event loop; words alone are not worth the way to a thread."""
+        if request.image is None:
+            return self.query_item(request)
+        return await asyncio.to_thread(self.query_item, request)
 
     def query_item(self, request: SearchRequest) -> tuple[Item, Task | None]:
         """The query with the instruction it asks for, or that of the task it fits."""

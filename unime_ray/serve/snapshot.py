@@ -5,6 +5,7 @@ Shape suffixes: Q queries, N rows, D dimensions, K results.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,10 @@ class Snapshot:
         if self.num_rows:
             self._index.train(vectors_ND)
             self._index.add(vectors_ND)
-        self.report = BuildReport(name, self.num_rows, time.monotonic() - started, self._recall(vectors_ND))
+        if config.memory_map:
+            self._index = _mapped(self._index)
+        shown = f"{name}, memory-mapped" if config.memory_map else name
+        self.report = BuildReport(shown, self.num_rows, time.monotonic() - started, self._recall(vectors_ND))
 
     def search(self, queries_QD: np.ndarray, k: int, wanted_N: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """(similarities, rows), both (Q, K), descending; row -1 where fewer than `k` were found.
@@ -88,3 +92,11 @@ class Snapshot:
         _, found = self.search(vectors_ND[rows], k, None)
         hits = sum(len(set(a) & set(b)) for a, b in zip(exact.tolist(), found.tolist(), strict=True))
         return hits / (len(rows) * k)
+
+
+def _mapped(index: Any) -> Any:
+    """The same index, read from a file without copying it into memory. The file has no name left: it ends with us."""
+    library: Any = faiss
+    with tempfile.NamedTemporaryFile(prefix="unime-ray-", suffix=".faiss") as file:
+        library.write_index(index, file.name)
+        return library.read_index(file.name, library.IO_FLAG_MMAP_IFC)

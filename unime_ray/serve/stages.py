@@ -12,18 +12,21 @@ from typing import Protocol
 import numpy as np
 
 from unime_ray.corpus.payload import Item
+from unime_ray.ids import show
 from unime_ray.serve.catalog import Found, Ref, Wanted
 from unime_ray.serve.deadline import Deadline
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Vectors (N, D) float32 and, per item, None or why it has none; `tokens` counts what the model read."""
+    """Vectors (N, D) float32 and, per item, None or why it has none; `tokens` counts what the model read. `model` is
+    what its users call the embedder."""
 
     vectors: np.ndarray
     errors: list[str | None]
     tokens: int
     revision: str
+    model: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class NewItem:
     dataset: str
     split: str
 
+    @property
+    def name(self) -> str:
+        return self.id or show(self.item.item_id)
+
 
 @dataclass(frozen=True)
 class Page:
@@ -62,7 +69,9 @@ class Page:
 
 
 class EncoderStage(Protocol):
-    async def embed(self, items: Sequence[Item], deadline: Deadline) -> Encoded: ...
+    async def embed(self, items: Sequence[Item], deadline: Deadline, revision: str | None = None) -> Encoded:
+        """`revision`: of the embedder to use, if it is held (the answer says which one it was); None: the current."""
+        ...
 
 
 class RetrieverStage(Protocol):

@@ -12,8 +12,9 @@ import numpy as np
 from unime_ray.config import nearest
 from unime_ray.config_serve import ServeConfig
 from unime_ray.corpus.payload import Item
+from unime_ray.serve.bundle import Checkpoint
 from unime_ray.serve.content import make_item
-from unime_ray.serve.errors import ApiError, invalid
+from unime_ray.serve.errors import ApiError, StageDown, invalid
 from unime_ray.serve.schemas import (
     ContentInput,
     Embedding,
@@ -38,7 +39,7 @@ class StandardApis:
         encoder: EncoderStage,
         reranker: RerankerStage | None,
         config: ServeConfig,
-        embedder: str,
+        embedder: Checkpoint,
         reranker_name: str | None,
     ) -> None:
         self.encoder, self.reranker, self.config = encoder, reranker, config
@@ -46,8 +47,8 @@ class StandardApis:
 
     async def embeddings(self, request: EmbeddingsRequest) -> EmbeddingsAnswer:
         """Raises: ApiError (a field is wrong), StageFailed."""
-        if request.model != self.embedder:
-            raise self._no_model(request.model, self.embedder)
+        if request.model != self.embedder.name:
+            raise self._no_model(request.model, self.embedder.name)
         single = not isinstance(request.input, list)
         inputs = [request.input] if not isinstance(request.input, list) else request.input
         limit = self.config.limits.max_inputs
@@ -56,7 +57,9 @@ class StandardApis:
         deadline = deadline_of(request.deadline_ms, self.config)
         names = ["input"] if single else [f"input[{place}]" for place in range(len(inputs))]
         items = await asyncio.to_thread(self._items, inputs, names)
-        encoded = await self.encoder.embed(items, deadline)
+        encoded = await self.encoder.embed(items, deadline, self.embedder.revision)
+        if encoded.revision != self.embedder.revision:
+            raise StageDown("encoder", f"{self.embedder.name} is being loaded")
         for name, error in zip(names, encoded.errors, strict=True):
             if error is not None:
                 raise invalid(name, error)
@@ -66,7 +69,7 @@ class StandardApis:
             for place, vector in enumerate(vectors_ND)
         ]
         usage = EmbeddingsUsage(prompt_tokens=encoded.tokens, total_tokens=encoded.tokens)
-        return EmbeddingsAnswer(data=data, model=self.embedder, usage=usage)
+        return EmbeddingsAnswer(data=data, model=self.embedder.name, usage=usage)
 
     async def rerank(self, request: RerankRequest, request_id: str, version: str) -> RerankAnswer:
         """Raises: ApiError (a field is wrong, no reranker is served), StageFailed."""

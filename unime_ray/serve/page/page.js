@@ -149,6 +149,32 @@ function show(answer) {
   if (answer.degraded) notice({ late: "The reranker took too long", overloaded: "The reranker is busy", down: "The reranker is not available", too_long: "These results do not fit into the reranker's context" }[answer.degraded_reason] + ": this is the order of retrieval alone.");
   else if (!answer.results.length) notice("Nothing in the index passes this filter.");
   render(answer.results.map((hit) => card(hit, answer)));
+  showNegatives(answer).catch((error) => notice(sentence(error.message)));
+}
+
+async function showNegatives(answer) {
+  // Only a query of the training data has any: the very words under the very task.
+  $("training").hidden = true;
+  if (!state.info?.hard_negatives) return;
+  const number = state.request;
+  const mined = await (await api(`/v1/negatives/${answer.query_id}`)).json();
+  if (number !== state.request || !mined.positives.length) return;
+  const golds = mined.positives.map((item) => item.caption || "a picture").join(", ");
+  const yes = mined.positives.map((item) => item.judge_score.toFixed(2)).join(", ");
+  $("training-note").textContent = `Chosen by the judge “${mined.judge}”. Its score of the positive (${golds}): ${yes}.`;
+  $("negatives").replaceChildren(...mined.negatives.map(negativeCard));
+  $("training").hidden = false;
+}
+
+function negativeCard(hit) {
+  const scores = make("dl", { class: "scores" }, ...meter("judge", hit.judge_score, hit.judge_score.toFixed(2), " b", "The judge's probability of Yes"),
+    ...meter("match", Math.max(0, hit.similarity ?? 0), (hit.similarity ?? 0).toFixed(3), "", "Cosine similarity when it was mined"));
+  const words = hit.image_url && hit.caption ? make("p", { class: "caption", title: hit.caption }, hit.caption) : null;
+  const why = make("span", { class: "move", title: "Why it was chosen" }, (hit.reason || "").replaceAll("_", " "));
+  const box = make("article", { class: "card", tabindex: "-1", role: "button", "aria-label": `Hard negative: ${hit.caption || "picture"}. Search with it` },
+    plate(hit), make("div", { class: "facts" }, make("div", { class: "head" }, why), words, scores));
+  box.addEventListener("click", () => searchWith(hit).catch((error) => notice(sentence(error.message))));
+  return make("li", {}, box);
 }
 
 function showTimes(times) {

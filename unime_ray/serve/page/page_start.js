@@ -44,6 +44,7 @@ async function start() {
   // Nothing asked yet: a few items to start from, drawn from all over the index.
   state.request++;
   $("summary").hidden = true;
+  $("training").hidden = true;
   notice("");
   try {
     const total = state.info.items;
