@@ -160,6 +160,8 @@ def test_pictures_are_counted_once_an_actor() -> None:
     # 1,000 pairs on two actors: 5 s of language model each, and 40 ms for each of 300 pictures (or of 500 met).
     assert Estimate("j", 20, 1000, 20, 1000, 300, 2, sample).seconds == pytest.approx(5.0 + 0.04 * 300)
     assert Estimate("j", 20, 1000, 20, 1000, 900, 2, sample).seconds == pytest.approx(5.0 + 0.04 * 500)
+    few = Sample(2, 100, 1.0, Usage(100, 1000, 500, 100, 1), seconds=3.0, warm_seconds=1.0)
+    assert Estimate("j", 20, 1000, 20, 1000, 300, 2, few).seconds == pytest.approx(15.0)
 
 
 def group(query: str, *candidates: str) -> tuple[Any, list[Any]]:

@@ -28,6 +28,8 @@ from unime_ray.stages.judge_known import KnownScores, read_scorer
 from unime_ray.stages.judge_watch import Watch
 
 SAMPLE_PAIRS = 1500
+MIN_ENCODED = 20
+"""Pictures a sample must encode before their cost is told apart: of fewer, noise would be taken for it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Estimate:
         if not sample.pairs:
             return 0.0
         share = self.pairs_left / self.actors / sample.pairs
-        if sample.warm_seconds is None or not sample.usage.pictures_encoded:
+        if sample.warm_seconds is None or sample.usage.pictures_encoded < MIN_ENCODED:
             return sample.seconds * share
         per_picture = max(sample.seconds - sample.warm_seconds, 0.0) / sample.usage.pictures_encoded
         met = min(self.pictures, sample.usage.pictures * share)
