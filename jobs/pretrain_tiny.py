@@ -21,6 +21,7 @@ import torch  # noqa: E402
 
 from unime_ray.errors import UnimeError  # noqa: E402
 from unime_ray.train.pretrain import STATE_FILE, PretrainConfig, Pretrainer  # noqa: E402
+from unime_ray.train.pretrain_plan import BatchShape  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,6 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--augmentation", type=float, default=1.0, help="strength; 0 turns it off")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the arithmetic")
     parser.add_argument("--model", type=json.loads, default={}, help='sizes as JSON, e.g. {"hidden": 128, "layers": 3}')
+    parser.add_argument("--start", default=None, metavar="DIR", help="go on with this checkpoint's weights")
+    parser.add_argument("--shape", type=json.loads, default={}, help="what a step holds, as JSON (BatchShape)")
+    parser.add_argument("--hard", type=float, nargs=2, default=(0.05, 0.35), help="hard negatives ramp in between")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--snapshot", default=None, help="folder that gets the averaged weights now and then")
@@ -59,9 +63,13 @@ def train(settings: dict) -> None:
         "dtype",
         "model",
         "seed",
+        "start",
     )
     config = PretrainConfig(
         **{name: settings[name] for name in names},
+        shape=BatchShape(**settings["shape"]),
+        hard_from=settings["hard"][0],
+        hard_to=settings["hard"][1],
         snapshot=settings["snapshot"],
         snapshot_minutes=settings["snapshot_minutes"],
     )

@@ -17,7 +17,7 @@ from PIL import Image
 from unime_ray.errors import CorpusError, TrainingError
 from unime_ray.train import pretrain, pretrain_data
 from unime_ray.train.augment import augment
-from unime_ray.train.pretrain_losses import contrastive_loss
+from unime_ray.train.pretrain_losses import contrastive_loss, order_loss
 from unime_ray.train.pretrain_plan import BatchShape, plan_batch
 from unime_ray.train.rows import Rows, attention_bias, image_chunk, join, text_chunk
 
@@ -147,6 +147,40 @@ def test_contrastive_loss_of_equal_embeddings_is_log_of_the_choices() -> None:
     same = torch.ones(9, 4) / 2
     loss = contrastive_loss(same, same, np.repeat(np.arange(3), 2), temperature=0.05)
     assert math.isclose(float(loss), math.log(7), rel_tol=1e-5)
+
+
+def test_order_loss_compares_within_a_list_only() -> None:
+    margin = torch.tensor([1.0, 2.0, 0.0, 5.0, 1.0], requires_grad=True)
+    labels = torch.tensor([True, False, False, True, True])  # the second list has no wrong candidate: nothing to say
+    loss = order_loss(margin, labels, [("a", 0)] * 3 + [("b", 0)] * 2)
+    wrong = math.log(math.exp(2) + math.exp(0))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(wrong - 1)) / 3)
+    loss.backward()
+    assert torch.isfinite(margin.grad).all() and (margin.grad[3:] == 0).all()
+
+
+def test_a_grown_model_starts_as_the_checkpoint_it_grew_from(data: Path, tmp_path: Path) -> None:
+    small = trainer_for(data, tmp_path / "small")
+    small.save_model(tmp_path / "small" / "model")
+    layers = small.model.config.get_text_config().num_hidden_layers
+    grown = trainer_for(
+        data, tmp_path / "grown", start=str(tmp_path / "small" / "model"), model=SMALL | {"layers": layers + 1}
+    )
+    assert len(grown.model.model.language_model.layers) == layers + 1
+    concepts = np.arange(8)
+    plan = plan_batch(small.vocabulary, small.neighbours, concepts, SHAPE, 1.0, small.rng)
+    patches = small.pixels(pretrain_data.choose_pictures(concepts, small.of_concept, small.rng))
+    with torch.no_grad():
+        before, after = small.losses.embeddings(plan, patches), grown.losses.embeddings(plan, patches)
+    assert torch.allclose(before, after, atol=0.02)  # what was saved is rounded to bfloat16
+    grown.fill_neighbours()
+    assert np.linalg.norm(grown.neighbours.picture[grown.drawn], axis=1).min() > 0.1
+
+
+def test_growing_from_other_sizes_is_refused(data: Path, tmp_path: Path, trainer: pretrain.Pretrainer) -> None:
+    trainer.save_model(tmp_path / "model")
+    with pytest.raises(TrainingError, match="has shape .* here it is"):
+        trainer_for(data, tmp_path / "other", start=str(tmp_path / "model"), model=SMALL | {"intermediate": 64})
 
 
 def test_augmentation_keeps_range_and_colours_that_mean_something() -> None:

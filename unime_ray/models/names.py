@@ -1,4 +1,4 @@
-"""What a model name stands for: `tiny` is the packaged checkpoint, anything else a folder or a hub id."""
+"""What a model name stands for: `tiny` and `tiny-judge` are packaged checkpoints, anything else a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from pathlib import Path
 
 from unime_ray.errors import ModelError
 
-TINY = "tiny"
+PACKAGED = {"tiny": "tiny", "tiny-judge": "tiny_judge"}
+"""Names of the packaged checkpoints and their folders in `data/`."""
 CHUNK_BYTES = 1 << 20
 HASHED_SUFFIXES = (".json", ".jinja", ".safetensors", ".txt", ".model")
 
 
 def resolve_model(name: str) -> str:
-    """Where the checkpoint `name` is: the packaged folder for `tiny`, an existing folder, or a hub id as given.
+    """Where the checkpoint `name` is: the packaged folder for `tiny` or `tiny-judge`, an existing one, or a hub id as given.
 
     Raises:
         ModelError: `name` looks like a path and no such folder exists, or the folder holds no `config.json`.
     """
-    if name == TINY:
-        return _checked(Path(str(resources.files("unime_ray"))) / "data" / TINY)
+    if name in PACKAGED:
+        return _checked(Path(str(resources.files("unime_ray"))) / "data" / PACKAGED[name])
     path = Path(name).expanduser()
     if path.is_dir():
         return _checked(path)
     if _looks_like_path(name):
-        raise ModelError(f"no model folder {name}: give `tiny`, a folder with config.json, or a hub id like owner/name")
+        raise ModelError(f"no model folder {name}: give `tiny`, `tiny-judge`, a folder with config.json, or a hub id like owner/name")
     return name
 
 

@@ -30,7 +30,7 @@ from unime_ray.train.pretrain_data import Neighbours, Pictures, choose_concepts,
 from unime_ray.train.pretrain_losses import Losses
 from unime_ray.train.pretrain_plan import BatchShape, Vocabulary, plan_batch
 from unime_ray.train.pretrain_tokenizer import build_tokenizer, special_ids
-from unime_ray.train.tiny_model import PATCH, PIXELS, build_tiny, tiny_config, to_patches
+from unime_ray.train.tiny_model import PATCH, PIXELS, build_tiny, grow_from, tiny_config, to_patches
 
 MEAN, STD = 0.5, 0.5
 STATE_FILE = "state.pt"
@@ -58,6 +58,7 @@ class PretrainConfig:
     state_minutes: float = 5.0
     max_steps: int | None = None
     augmentation: float = 1.0
+    start: str | None = None  # folder of a checkpoint whose weights and vocabulary are gone on with
     model: dict[str, int] = field(default_factory=dict)
     shape: BatchShape = field(default_factory=BatchShape)
 
@@ -102,10 +103,11 @@ class Pretrainer:
     def __init__(self, config: PretrainConfig, pictures: Pictures | None = None) -> None:
         self.config = config
         self.pictures = pictures or load_pictures(config.data, PRETRAINING_ARTISTS)
-        texts = [name for name in self.pictures.names for _ in range(3)]
-        self.tokenizer: Qwen2Tokenizer = build_tokenizer(texts + [", ".join(k) for k in self.pictures.keywords])
+        self.tokenizer = self._tokenizer()
         ids = special_ids(self.tokenizer)
         self.model = build_tiny(tiny_config(len(self.tokenizer), ids, **config.model), config.seed)
+        if config.start:
+            grow_from(self.model, config.start)
         self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.optimizers = Optimizers(self.model, config)
         self.vocabulary = Vocabulary(self.tokenizer, self.pictures)
@@ -116,6 +118,12 @@ class Pretrainer:
         self.step, self.elapsed = 0, 0.0
         self.rng = np.random.default_rng(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
+
+    def _tokenizer(self) -> Qwen2Tokenizer:
+        if self.config.start:
+            return Qwen2Tokenizer.from_pretrained(self.config.start)
+        texts = [name for name in self.pictures.names for _ in range(3)]
+        return build_tokenizer(texts + [", ".join(k) for k in self.pictures.keywords])
 
     @property
     def progress(self) -> float:
@@ -130,12 +138,28 @@ class Pretrainer:
         mixed = augment(raw, self.generator, self.config.augmentation, colour_bound=colour_bound)
         return to_patches((mixed - MEAN) / STD)
 
+    @torch.no_grad()
+    def fill_neighbours(self) -> None:
+        """Embeds every drawn concept once, so that a checkpoint gone on with knows its hard negatives from the start."""
+        nothing = BatchShape(picture_lists=0, name_lists=0, text_lists=0, twin_lists=0, listwise=0)
+        for start in range(0, len(self.drawn), nothing.concepts):
+            concepts = self.drawn[start : start + nothing.concepts]
+            plan = plan_batch(self.vocabulary, self.neighbours, concepts, nothing, 0.0, self.rng)
+            patches = self.pixels(choose_pictures(concepts, self.of_concept, self.rng))
+            self._remember(concepts, self.losses.embeddings(plan, patches), momentum=0.0)
+
+    def _remember(self, concepts: np.ndarray, embeddings: Tensor, momentum: float = 0.5) -> None:
+        """Keeps a batch's candidate embeddings (C + 2C, D): texts, then two pictures each."""
+        by_concept = embeddings.numpy()
+        pictures = by_concept[len(concepts) :].reshape(len(concepts), 2, -1).mean(1)
+        self.neighbours.update(concepts, by_concept[: len(concepts)], pictures, momentum)
+
     def train_step(self) -> dict[str, float]:
         """One batch: plan, losses, update, running average, running embeddings."""
         config, progress = self.config, self.progress
         hard = min(1.0, max(0.0, (progress - config.hard_from) / (config.hard_to - config.hard_from)))
         shape = config.shape
-        concepts = choose_concepts(self.neighbours, self.drawn, shape.concepts, shape.cluster, 0.6 * hard, self.rng)
+        concepts = choose_concepts(self.neighbours, self.drawn, shape.concepts, shape.cluster, shape.near * hard, self.rng)
         chosen = choose_pictures(concepts, self.of_concept, self.rng)
         plan = plan_batch(self.vocabulary, self.neighbours, concepts, shape, hard, self.rng)
         loss, numbers, embeddings = self.losses(plan, self.pixels(chosen), shape)
@@ -148,9 +172,7 @@ class Pretrainer:
         decay = min(config.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, list(self.model.parameters()), 1 - decay)
-        by_concept = embeddings.numpy()
-        pictures = by_concept[len(concepts) :].reshape(len(concepts), 2, -1).mean(1)
-        self.neighbours.update(concepts, by_concept[: len(concepts)], pictures)
+        self._remember(concepts, embeddings)
         self.step += 1
         return {"step": self.step, **numbers, "rate": rate, "norm": float(norm), "hard": hard}
 
@@ -159,6 +181,8 @@ class Pretrainer:
         out = Path(self.config.out)
         out.mkdir(parents=True, exist_ok=True)
         last_state = last_snapshot = self.elapsed
+        if self.config.start and not self.step:
+            self.fill_neighbours()
         while self.progress < 1.0:
             began = time.perf_counter()
             numbers = self.train_step()

@@ -25,14 +25,18 @@ class BatchShape:
 
     concepts: int = 40
     cluster: int = 4
-    picture_lists: int = 32  # text queries, each with 4 picture candidates
-    name_lists: int = 28  # picture queries, each with 8 names
-    twin_lists: int = 8  # picture queries, each with 3 pictures
-    text_lists: int = 4  # text queries, each with 8 names
+    near: float = 0.6  # share of a seed's companions that are its nearest, once negatives are fully hard
+    picture_lists: int = 32  # text queries with pictures
+    picture_candidates: int = 4
+    name_lists: int = 28  # picture queries with names
+    text_lists: int = 4  # text queries with names
+    name_candidates: int = 8
+    twin_lists: int = 8  # picture queries with pictures
+    twin_candidates: int = 3
     listwise: int = 4
     temperature: float = 0.05
     weights: dict[str, float] = field(
-        default_factory=lambda: {"caption": 0.7, "contrast": 1.0, "judge": 2.5, "listwise": 0.15}
+        default_factory=lambda: {"caption": 0.7, "contrast": 1.0, "judge": 2.5, "order": 0.0, "listwise": 0.15}
     )
 
 
@@ -116,17 +120,18 @@ def plan_batch(
     batch = _BatchNegatives(neighbours, concepts, hard, rng)
     order = rng.permutation(len(concepts))
     for c in order[: shape.picture_lists]:
-        _judge_pictures(plan, vocabulary, join(vocabulary.find, vocabulary.names[concepts[c]]), int(c), 4, batch, None)
+        query, count = join(vocabulary.find, vocabulary.names[concepts[c]]), shape.picture_candidates
+        _judge_pictures(plan, vocabulary, query, int(c), count, batch, None)
     for c in order[-shape.twin_lists :] if shape.twin_lists else ():
         own = 2 * int(c) + int(rng.integers(2))
         query = join(vocabulary.picture(own), vocabulary.name_it)
-        _judge_pictures(plan, vocabulary, query, int(c), 3, batch, own)
+        _judge_pictures(plan, vocabulary, query, int(c), shape.twin_candidates, batch, own)
     for c in rng.permutation(len(concepts))[: shape.name_lists]:
         query = join(vocabulary.picture(2 * int(c) + int(rng.integers(2))), vocabulary.name_it)
-        _judge_names(plan, vocabulary, query, int(c), batch)
+        _judge_names(plan, vocabulary, query, int(c), shape.name_candidates, batch)
     for c in order[: shape.text_lists]:
         query = join(vocabulary.find, vocabulary.names[concepts[c]])
-        _judge_names(plan, vocabulary, query, int(c), batch)
+        _judge_names(plan, vocabulary, query, int(c), shape.name_candidates, batch)
     for c in rng.permutation(len(concepts))[: shape.listwise]:
         _listwise(plan, vocabulary, int(c), batch, rng)
     return plan
@@ -213,12 +218,14 @@ def _judge_pictures(
     _verdicts(plan, "pictures", placed, [True] * len(right) + [False] * len(wrong))
 
 
-def _judge_names(plan: Plan, vocabulary: Vocabulary, query: Chunk, c: int, batch: _BatchNegatives) -> None:
-    """The judge's prompt with eight names, one of them right."""
-    concepts = [int(plan.concepts[c]), *batch.anywhere(c, 7)]
+def _judge_names(
+    plan: Plan, vocabulary: Vocabulary, query: Chunk, c: int, count: int, batch: _BatchNegatives
+) -> None:
+    """The judge's prompt with `count` names, one of them right."""
+    concepts = [int(plan.concepts[c]), *batch.anywhere(c, count - 1)]
     branches = [join(vocabulary.names[concept], vocabulary.answer) for concept in concepts]
     placed = plan.groups["names"].add(join(vocabulary.judge, query, vocabulary.slot), branches)
-    _verdicts(plan, "names", placed, [True] + [False] * 7)
+    _verdicts(plan, "names", placed, [True] + [False] * (count - 1))
 
 
 def _listwise(plan: Plan, vocabulary: Vocabulary, c: int, batch: _BatchNegatives, rng: np.random.Generator) -> None:

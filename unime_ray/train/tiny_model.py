@@ -19,6 +19,8 @@ from torch.nn import functional
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids
 
+from unime_ray.errors import TrainingError
+
 PIXELS = 64
 PATCH = 8
 MERGE = 2
@@ -99,6 +101,28 @@ def build_tiny(config: Qwen2VLConfig, seed: int = 0) -> Qwen2VLForConditionalGen
             if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight", "fc2.weight")):
                 parameter.mul_(depth**-0.5)
     return model.float()
+
+
+def grow_from(model: Qwen2VLForConditionalGeneration, folder: str) -> None:
+    """Copies a checkpoint's weights into `model`, which may have more language layers than it.
+
+    The layers that are new add nothing at first (their two output projections are zero), so the grown model starts as
+    the function that the checkpoint is.
+
+    Raises:
+        TrainingError: the checkpoint's sizes are not those of `model`.
+    """
+    source = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
+    wanted = model.state_dict()
+    for name, tensor in source.items():
+        if name not in wanted or wanted[name].shape != tensor.shape:
+            have = tuple(wanted[name].shape) if name in wanted else "missing"
+            raise TrainingError(f"{folder}: {name} has shape {tuple(tensor.shape)}, here it is {have}; set --model alike")
+    model.load_state_dict(source, strict=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in source and name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
 
 
 def _linear(x: Tensor, layer: Any) -> Tensor:
