@@ -46,6 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--no-ray", action="store_true", help="train in this process")
     parser.add_argument("--evaluate", default=None, metavar="DIR", help="measure this checkpoint and exit")
+    parser.add_argument("--retriever", default=None, metavar="DIR", help="whose nearest 50 --evaluate judges")
     return parser.parse_args(arguments)
 
 
@@ -114,7 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
             from unime_ray.train.pretrain_eval import evaluate_checkpoint
 
             torch.set_num_threads(options.threads)
-            evaluate_checkpoint(Path(options.evaluate), Path(options.data))
+            retriever = Path(options.retriever) if options.retriever else None
+            evaluate_checkpoint(Path(options.evaluate), Path(options.data), retriever=retriever)
         elif options.no_ray:
             train(vars(options))
         else:

@@ -67,8 +67,12 @@ def training(run: Run, config: RunConfig) -> Iterator[Step]:
 
 
 def save_config(run: Run, config: RunConfig) -> None:
-    """Leave the config in the run folder, so that a run says what it was."""
-    write_text(run.child("config.yaml"), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    """Leave the config in the run folder, so that a run says what it was, and can be run from there again."""
+    found = config.model_dump(mode="json")
+    for entry, source in zip(found["corpus"]["sources"], config.corpus.sources, strict=True):
+        # A column that is named must be there; one that is only the default need not.
+        entry["columns"] = source.columns.model_dump(mode="json", exclude_unset=True)
+    write_text(run.child("config.yaml"), yaml.safe_dump(found, sort_keys=False))
 
 
 def _ingest(run: Run, config: RunConfig) -> Manifest:

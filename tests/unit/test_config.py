@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from unime_ray.artifacts import Run
 from unime_ray.config import RunConfig, load_config, nearest, preset_names
 from unime_ray.errors import ConfigError
+from unime_ray.pipeline import save_config
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -145,3 +147,15 @@ def test_imported_negatives_stand_for_a_judge() -> None:
     assert stages == ["ingest", "train-embedder", "train-embedder", "evaluate", "report"]
     with pytest.raises(ValueError, match="`imported` stands for hard negatives"):
         RunConfig(judges={"imported": {}})  # type: ignore[arg-type]
+
+
+def test_a_saved_config_demands_no_column_that_was_not_named(tmp_path):
+    """Defaults of `columns` need not be in a file; written out as named they would have to be."""
+    text = "run: {run}\ncorpus: {{sources: [{{format: parquet, path: x.parquet, columns: {{text: caption}}}}]}}"
+    (tmp_path / "mine.yaml").write_text(text.format(run=tmp_path / "run"))
+    config = load_config(str(tmp_path / "mine.yaml"))
+    run = Run(config.run)
+    save_config(run, config)
+    again = load_config(run.child("config.yaml"))
+    assert again == config
+    assert again.corpus.sources[0].columns.model_fields_set == {"text"}

@@ -1,4 +1,4 @@
-"""The bundled tiny checkpoint loads like any other, is small, and judges and retrieves better than chance."""
+"""The bundled checkpoints load like any other, are small, and judge and retrieve better than chance."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ from unime_ray.corpus.demo_rows import (
     PRETRAINING_ARTISTS,
     UNSEEN_ARTIST,
 )
+from unime_ray.models.names import resolve_model
 from unime_ray.train.pretrain_eval import auc
 
 DATA = Path(unime_ray.__file__).parent / "data"
-FOLDER = DATA / "tiny"
+BUNDLED = ("tiny", "tiny_judge")
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype=torch.float32).eval()
-    processor = AutoImageProcessor.from_pretrained(FOLDER, backend="pil")
-    return model, AutoTokenizer.from_pretrained(FOLDER), processor
+@pytest.fixture(scope="module", params=BUNDLED)
+def tiny(request: pytest.FixtureRequest):
+    folder = DATA / request.param
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return model, AutoTokenizer.from_pretrained(folder), processor
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_it_is_a_small_qwen2_vl(tiny) -> None:
     model, tokenizer, processor = tiny
     assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
     assert 2e6 < sum(parameter.numel() for parameter in model.parameters()) < 4e6
-    assert sum(path.stat().st_size for path in FOLDER.glob("*.safetensors")) <= 8 << 20
+    assert sum(path.stat().st_size for path in Path(model.name_or_path).glob("*.safetensors")) <= 8 << 20
     text = model.config.text_config
     assert text.hidden_size // text.num_attention_heads in (32, 64)  # what vLLM's attention kernels take
     assert len(tokenizer) == text.vocab_size
@@ -120,9 +122,16 @@ def test_the_judge_tells_right_from_wrong(tiny, drawn) -> None:
     assert auc(scores, np.eye(count, dtype=bool).flatten()) >= 0.9
 
 
-def test_the_card_states_what_was_measured() -> None:
-    card, figures = (FOLDER / "README.md").read_text(), json.loads((FOLDER / "figures.json").read_text())
+@pytest.mark.parametrize("name", BUNDLED)
+def test_the_card_states_what_was_measured(name: str) -> None:
+    card, figures = (DATA / name / "README.md").read_text(), json.loads((DATA / name / "figures.json").read_text())
     for artist in (*PRETRAINING_ARTISTS, ADAPTATION_ARTIST, UNSEEN_ARTIST):
         assert artist in card
     for group in (figures["mining_pool"]["pictures_only"], figures["artists"][UNSEEN_ARTIST]["judge_random"]):
         assert f"{group['pooled']:.2f}" in card
+
+
+def test_both_share_a_vocabulary_and_a_config_names_them() -> None:
+    vocabularies = [(DATA / name / "tokenizer.json").read_bytes() for name in BUNDLED]
+    assert vocabularies[0] == vocabularies[1]
+    assert [Path(resolve_model(name)).name for name in ("tiny", "tiny-judge")] == list(BUNDLED)

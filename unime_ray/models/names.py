@@ -1,4 +1,4 @@
-"""What a model name stands for: `tiny` and `tiny-judge` are packaged checkpoints, anything else a folder or a hub id."""
+"""What a model name stands for: `tiny` and `tiny-judge` come with the package, others are folders or hub ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HASHED_SUFFIXES = (".json", ".jinja", ".safetensors", ".txt", ".model")
 
 
 def resolve_model(name: str) -> str:
-    """Where the checkpoint `name` is: the packaged folder for `tiny` or `tiny-judge`, an existing one, or a hub id as given.
+    """Where the checkpoint `name` is: the packaged folder of `tiny` or `tiny-judge`, an existing one, or a hub id.
 
     Raises:
         ModelError: `name` looks like a path and no such folder exists, or the folder holds no `config.json`.
@@ -27,7 +27,9 @@ def resolve_model(name: str) -> str:
     if path.is_dir():
         return _checked(path)
     if _looks_like_path(name):
-        raise ModelError(f"no model folder {name}: give `tiny`, `tiny-judge`, a folder with config.json, or a hub id like owner/name")
+        raise ModelError(
+            f"no model folder {name}: give `tiny`, `tiny-judge`, a folder with config.json, or a hub id like owner/name"
+        )
     return name
 
 

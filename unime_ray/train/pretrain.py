@@ -140,7 +140,7 @@ class Pretrainer:
 
     @torch.no_grad()
     def fill_neighbours(self) -> None:
-        """Embeds every drawn concept once, so that a checkpoint gone on with knows its hard negatives from the start."""
+        """Embeds every drawn concept once, so that hard negatives are known from the first step."""
         nothing = BatchShape(picture_lists=0, name_lists=0, text_lists=0, twin_lists=0, listwise=0)
         for start in range(0, len(self.drawn), nothing.concepts):
             concepts = self.drawn[start : start + nothing.concepts]
@@ -159,7 +159,9 @@ class Pretrainer:
         config, progress = self.config, self.progress
         hard = min(1.0, max(0.0, (progress - config.hard_from) / (config.hard_to - config.hard_from)))
         shape = config.shape
-        concepts = choose_concepts(self.neighbours, self.drawn, shape.concepts, shape.cluster, shape.near * hard, self.rng)
+        concepts = choose_concepts(
+            self.neighbours, self.drawn, shape.concepts, shape.cluster, shape.near * hard, self.rng
+        )
         chosen = choose_pictures(concepts, self.of_concept, self.rng)
         plan = plan_batch(self.vocabulary, self.neighbours, concepts, shape, hard, self.rng)
         loss, numbers, embeddings = self.losses(plan, self.pixels(chosen), shape)

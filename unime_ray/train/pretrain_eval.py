@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from unime_ray.corpus.demo_rows import ADAPTATION_ARTIST, PRETRAINING_ARTISTS, UNSEEN_ARTIST
+from unime_ray.corpus.demo_rows import (
+    ADAPTATION_ARTIST,
+    PRETRAINING_ARTISTS,
+    TRAIN_FOLD,
+    UNSEEN_ARTIST,
+    artists_in_pool,
+    declared_artist,
+    load_corpus,
+)
 from unime_ray.train.pretrain import MEAN, STD
 from unime_ray.train.pretrain_data import Pictures, load_pictures
 from unime_ray.train.pretrain_plan import Vocabulary
@@ -161,38 +169,62 @@ def artist_figures(checkpoint: Checkpoint, artist: str, num_queries: int, seed: 
     return figures
 
 
-def mining_figures(checkpoint: Checkpoint, num_queries: int = 150, seed: int = 0) -> dict[str, Any]:
-    """The demo's own task: the adaptation artist's queries over the pool of every trainable picture and name.
+def demo_pool(pictures: Pictures, data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Which pictures (N,) bool the demo's mining pool holds, and each concept's declared positive (C,), -1 for none."""
+    corpus = load_corpus(data)
+    number = {
+        (str(artist), pictures.hexcodes[concept]): index
+        for index, (artist, concept) in enumerate(zip(pictures.artist, pictures.concept, strict=True))
+    }
+    inside, declared = np.zeros(len(pictures.pixels), bool), np.full(len(pictures.names), -1)
+    for index, hexcode in enumerate(pictures.hexcodes):
+        concept = corpus.concepts[hexcode]
+        artists = artists_in_pool(corpus, concept) if concept.fold == TRAIN_FOLD else []
+        inside[[number[artist, hexcode] for artist in artists]] = True
+        if ADAPTATION_ARTIST in artists:
+            declared[index] = number[declared_artist(corpus, concept), hexcode]
+    return inside, declared
 
-    `pictures_only`: text queries, pictures as the pool. `text_queries` and `picture_queries`: the demo's mixed pool,
-    without the query's declared positive (and without the query's own picture). `cosine_*`: the embedder on the same
-    lists, for comparison.
+
+def wide_pool(pictures: Pictures) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a pool of every artist but the unseen one, where positives are the adaptation artist's."""
+    own = pictures.artist == ADAPTATION_ARTIST
+    declared = np.full(len(pictures.names), -1)
+    declared[pictures.concept[own]] = np.flatnonzero(own)
+    return pictures.artist != UNSEEN_ARTIST, declared
+
+
+def mining_figures(
+    judge: Checkpoint, retriever: Checkpoint, inside: np.ndarray, declared: np.ndarray, num_queries: int, seed: int = 0
+) -> dict[str, Any]:
+    """The adaptation artist's queries over a pool of pictures (`inside`) and all names, each query's nearest 50.
+
+    `pictures_only`: text queries over the pictures alone. `text_queries` and `picture_queries`: pictures and names
+    together. A query's declared positive, and its own picture, are not among its candidates. `cosine_*`: the
+    retriever on the same lists, for comparison.
     """
-    pictures, rng = checkpoint.pictures, np.random.default_rng(seed)
-    pool_pictures = np.flatnonzero(pictures.artist != UNSEEN_ARTIST)
-    own = np.flatnonzero(pictures.artist == ADAPTATION_ARTIST)
-    chosen = rng.choice(own, min(num_queries, len(own)), replace=False)
-    items: list[Item] = [("picture", int(n)) for n in pool_pictures]
-    names: list[Item] = [("name", c) for c in range(len(pictures.names))]
-    vectors = np.concatenate([checkpoint.picture_candidates[pool_pictures], checkpoint.names])
-    owner = np.concatenate([pictures.concept[pool_pictures], np.arange(len(pictures.names))])
+    pictures, rng = judge.pictures, np.random.default_rng(seed)
+    concepts = rng.permutation(np.flatnonzero(declared >= 0))[:num_queries]
+    own = {int(c): int(n) for n, c in enumerate(pictures.concept) if pictures.artist[n] == ADAPTATION_ARTIST}
+    shown = np.flatnonzero(inside)
+    items: list[Item] = [("picture", int(n)) for n in shown]
+    items += [("name", c) for c in range(len(pictures.names))]
+    place = {item: index for index, item in enumerate(items)}
+    vectors = np.concatenate([retriever.picture_candidates[shown], retriever.names])
+    owner = np.concatenate([pictures.concept[shown], np.arange(len(pictures.names))])
     figures = {}
     for task in ("pictures_only", "text_queries", "picture_queries"):
         from_text = task != "picture_queries"
-        queries: list[Item] = [("find", int(pictures.concept[n])) if from_text else ("picture", int(n)) for n in chosen]
-        asked = checkpoint.name_queries[pictures.concept[chosen]] if from_text else checkpoint.picture_queries[chosen]
-        limit = len(items) if task == "pictures_only" else len(vectors)
-        scores = asked @ vectors[:limit].T
-        if task != "pictures_only":
-            known = {item: index for index, item in enumerate(items + names)}
-            for row, number in enumerate(chosen):
-                scores[row, known[("picture", int(number))]] = -np.inf
-                if not from_text:
-                    scores[row, known[("name", int(pictures.concept[number]))]] = -np.inf
+        limit = len(shown) if task == "pictures_only" else len(items)
+        asked = [("find", int(c)) if from_text else ("picture", own[int(c)]) for c in concepts]
+        queries = [retriever.name_queries[n] if kind == "find" else retriever.picture_queries[n] for kind, n in asked]
+        scores = np.stack(queries) @ vectors[:limit].T
+        for row, c in enumerate(concepts):
+            known: list[Item] = [("picture", int(declared[c]))] if from_text else [asked[row], ("name", int(c))]
+            scores[row, [place[item] for item in known if item in place]] = -np.inf
         nearest = np.argsort(-scores, axis=1)[:, :TOP_K]
-        right = [owner[row] == pictures.concept[number] for row, number in zip(nearest, chosen, strict=True)]
-        lists = [[(items + names)[index] for index in row] for row in nearest]
-        figures[task] = judge_lists(checkpoint, queries, lists, right)
+        right = [owner[row] == c for row, c in zip(nearest, concepts, strict=True)]
+        figures[task] = judge_lists(judge, asked, [[items[index] for index in row] for row in nearest], right)
         cosine = [np.take(s, row) for s, row in zip(scores, nearest, strict=True)]
         figures[task]["cosine_pooled"] = round(auc(np.concatenate(cosine), np.concatenate(right)), 4)
         each = [auc(s, r) for s, r in zip(cosine, right, strict=True)]
@@ -200,8 +232,14 @@ def mining_figures(checkpoint: Checkpoint, num_queries: int = 150, seed: int = 0
     return figures
 
 
-def evaluate_checkpoint(folder: Path, data: Path, num_queries: int = 150, held_out: bool = True) -> dict[str, Any]:
-    """Measures the checkpoint in `folder`, prints the figures and writes them to `figures.json` there."""
+def evaluate_checkpoint(
+    folder: Path, data: Path, num_queries: int = 150, held_out: bool = True, retriever: Path | None = None
+) -> dict[str, Any]:
+    """Measures the checkpoint in `folder`, prints the figures and writes them to `figures.json` there.
+
+    Args:
+        retriever: the embedder whose nearest 50 the judge is asked about in the mining pools (default: itself).
+    """
     began = time.perf_counter()
     artists = (*PRETRAINING_ARTISTS, ADAPTATION_ARTIST, UNSEEN_ARTIST)
     checkpoint = Checkpoint(folder, load_pictures(data, artists))
@@ -210,13 +248,16 @@ def evaluate_checkpoint(folder: Path, data: Path, num_queries: int = 150, held_o
         # There are eight pretraining artists: a third of the queries each says enough.
         count = num_queries // 3 if artist in PRETRAINING_ARTISTS else num_queries
         figures["artists"][artist] = artist_figures(checkpoint, artist, count)
-    figures["mining_pool"] = mining_figures(checkpoint, num_queries)
+    finder = checkpoint if retriever is None else Checkpoint(retriever, checkpoint.pictures)
+    figures["demo_pool"] = mining_figures(checkpoint, finder, *demo_pool(checkpoint.pictures, data), num_queries)
+    figures["mining_pool"] = mining_figures(checkpoint, finder, *wide_pool(checkpoint.pictures), num_queries)
     if held_out:
         apart = load_pictures(data, (ADAPTATION_ARTIST,), ("heldout_concept", "heldout_composition"))
         unseen = Checkpoint(folder, apart)
         figures["held_out_concepts"] = artist_figures(unseen, ADAPTATION_ARTIST, num_queries)
     figures["seconds"] = round(time.perf_counter() - began, 1)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    for name, group in (figures["artists"] | {f"mining {k}": v for k, v in figures["mining_pool"].items()}).items():
-        print(f"{name}: {json.dumps(group)}", flush=True)
+    for name in ("artists", "demo_pool", "mining_pool"):
+        for part, group in figures[name].items():
+            print(f"{name} {part}: {json.dumps(group)}", flush=True)
     return figures

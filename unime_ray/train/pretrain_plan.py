@@ -218,9 +218,7 @@ def _judge_pictures(
     _verdicts(plan, "pictures", placed, [True] * len(right) + [False] * len(wrong))
 
 
-def _judge_names(
-    plan: Plan, vocabulary: Vocabulary, query: Chunk, c: int, count: int, batch: _BatchNegatives
-) -> None:
+def _judge_names(plan: Plan, vocabulary: Vocabulary, query: Chunk, c: int, count: int, batch: _BatchNegatives) -> None:
     """The judge's prompt with `count` names, one of them right."""
     concepts = [int(plan.concepts[c]), *batch.anywhere(c, count - 1)]
     branches = [join(vocabulary.names[concept], vocabulary.answer) for concept in concepts]

@@ -117,7 +117,9 @@ def grow_from(model: Qwen2VLForConditionalGeneration, folder: str) -> None:
     for name, tensor in source.items():
         if name not in wanted or wanted[name].shape != tensor.shape:
             have = tuple(wanted[name].shape) if name in wanted else "missing"
-            raise TrainingError(f"{folder}: {name} has shape {tuple(tensor.shape)}, here it is {have}; set --model alike")
+            raise TrainingError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, here it is {have}; set --model alike"
+            )
     model.load_state_dict(source, strict=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
