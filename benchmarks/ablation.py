@@ -24,22 +24,26 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyarrow.parquet as pq
-from ablation_arms import BASE, LEARNING_RATES, Arm, arms
+from ablation_arms import BASE, JUDGE_MODELS, LEARNING_RATES, Arm, arms
 from ablation_lab import Lab, mine
 from ablation_report import mean_hit, write_report
 
+import unime_ray
 from unime_ray.artifacts import Run
-from unime_ray.config import load_config
+from unime_ray.config import JudgeConfig, RunConfig, load_config
 from unime_ray.preflight import resolve_demo
 
 KEPT = ["dataset", "split", "query_id", "hit@1", "recall@10", "mrr"]
 QUICK_STEPS = 2
+BUNDLED = Path(unime_ray.__file__).parent / "data"
 
 
 def main() -> None:
     options = _options()
     out = Path(options.out).resolve()
     wanted = [arm for arm in arms() if _wanted(arm, options)]
+    missing = [name for name in JUDGE_MODELS if not (BUNDLED / name).is_dir()]
+    wanted = [arm for arm in wanted if arm.judge not in missing]
     if not options.report:
         lab = _lab(out, options, wanted)
         rates = tune(lab, wanted, options) if not options.quick else {}
@@ -71,9 +75,17 @@ def _wanted(arm: Arm, options: argparse.Namespace) -> bool:
 def _lab(out: Path, options: argparse.Namespace, wanted: Sequence[Arm]) -> Lab:
     """The mined run (made unless it is there) and the judges that have judged it."""
     config = resolve_demo(load_config("demo", [f"run={out / 'run'}"]))
+    config = config.model_copy(update={"judges": _judges(config)})
     run = Run(config.run)
     mine(run, config, [name for name in config.judges if any(arm.judge == name for arm in wanted)])
     return Lab(run, config, out, options.threads)
+
+
+def _judges(config: RunConfig) -> dict[str, JudgeConfig]:
+    """A model judge for each bundled checkpoint there is, by its name; oracles are asked by the lab itself."""
+    settings = next(judge for judge in config.judges.values() if judge.engine == "transformers")
+    there = [name for name in JUDGE_MODELS if (BUNDLED / name).is_dir()]
+    return {name: settings.model_copy(update={"model": str(BUNDLED / name)}) for name in there}
 
 
 def tune(lab: Lab, wanted: Sequence[Arm], options: argparse.Namespace) -> dict[str, float]:

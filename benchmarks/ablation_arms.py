@@ -9,24 +9,25 @@ from typing import Any, Literal
 from unime_ray.config import EmbedderConfig, RerankerConfig, SelectConfig
 
 BASE, INFONCE = "base", "infonce"
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-"""Tried on dev for every family of arms, with the first seed."""
+LEARNING_RATES = (3e-4, 8e-4)
+"""Tried on dev for every family of arms with the first seed. The same for all."""
 
 RECIPE: dict[str, Any] = {
-    "steps": 50,
-    "batch_queries": 64,
-    "micro_batch_queries": 64,
+    "steps": 40,
+    "batch_queries": 48,
+    "micro_batch_queries": 48,
     "learning_rate": 3e-4,
-    "warmup_steps": 5,
+    "warmup_steps": 4,
     "temperature": 0.05,
     "lora": {"rank": 16, "alpha": 32, "train_vision": True},
 }
 """What all arms share: steps and queries a step. An arm with k negatives encodes 2 + k items a query."""
 
-NUM_NEGATIVES = 4
+NUM_NEGATIVES = 3
 KL = {"loss": "judge_kl", "num_negatives": NUM_NEGATIVES, "judge_temperature": 0.25}
 HYBRID = {"loss": "hybrid", "num_negatives": NUM_NEGATIVES, "judge_temperature": 0.25}
-JUDGES = ("oracle@0.9", "oracle@0.8", "oracle@0.7", "oracle@0.6", "tiny", "tiny_judge")
+JUDGE_MODELS = ("tiny", "tiny_judge")
+JUDGES = ("oracle@0.9", "oracle@0.8", "oracle@0.7", "oracle@0.6", *JUDGE_MODELS)
 
 RERANKER: dict[str, Any] = {
     "steps": 40,
@@ -77,7 +78,7 @@ def arms() -> list[Arm]:
 
 
 def _losses() -> Iterable[Arm]:
-    wide = {"batch_queries": 3 * RECIPE["batch_queries"], "micro_batch_queries": 3 * RECIPE["batch_queries"]}
+    wide = {"batch_queries": 120, "micro_batch_queries": 120}
     plain: dict[str, Any] = {"loss": "infonce", "num_negatives": 0}
     hard = {"loss": "infonce", "num_negatives": NUM_NEGATIVES}
     by_similarity = {"cycle": 1}
@@ -95,7 +96,7 @@ def _losses() -> Iterable[Arm]:
     yield Arm("unime_v2", "losses", "UniME-V2: KL to the judge's scores over mined negatives", train=KL)
     yield Arm("hybrid", "losses", "UniME-V2's KL + InfoNCE", train=HYBRID)
     yield Arm(
-        "infonce_wide", "losses", "InfoNCE with as many items a step as k = 4", train=plain | wide, family=INFONCE
+        "infonce_wide", "losses", "InfoNCE with as many items a step as k = 3", train=plain | wide, family=INFONCE
     )
     yield Arm("unime_v1", "losses", "UniME V1: hardest 8 of the batch", train={"loss": "unime_v1", "num_negatives": 0})
     yield Arm(
@@ -134,9 +135,15 @@ def _judges() -> Iterable[Arm]:
 
 
 def _numbers() -> Iterable[Arm]:
-    for count in (2, 6, 8, 10):
+    for count in (4, 6, 8, 10):
         train = HYBRID | {"num_negatives": count}
-        yield Arm(f"hybrid/k={count}", "negatives", f"{count} negatives instead of 4", train=train, family="hybrid")
+        yield Arm(
+            f"hybrid/k={count}",
+            "negatives",
+            f"{count} negatives instead of {NUM_NEGATIVES}",
+            train=train,
+            family="hybrid",
+        )
 
 
 def _temperatures() -> Iterable[Arm]:
