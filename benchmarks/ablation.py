@@ -47,7 +47,7 @@ def main() -> None:
     if not options.report:
         lab = _lab(out, options, wanted)
         rates = tune(lab, wanted, options) if not options.quick else {}
-        for seed in range(options.seeds):
+        for seed in range(0 if options.tune else options.seeds):
             for arm in wanted:
                 if seed == 0 or arm.name != BASE:
                     _one(lab, arm, seed, rates.get(arm.tuned_as), options.quick)
@@ -62,6 +62,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--groups", nargs="*", help="only arms of these groups")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="two steps an arm, no choice of learning rates")
+    parser.add_argument("--tune", action="store_true", help="only choose learning rates, on dev")
     parser.add_argument("--report", action="store_true", help="only draw tables and plots of what is there")
     return parser.parse_args()
 

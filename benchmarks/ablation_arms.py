@@ -24,8 +24,8 @@ RECIPE: dict[str, Any] = {
 """What all arms share: steps and queries a step. An arm with k negatives encodes 2 + k items a query."""
 
 NUM_NEGATIVES = 3
-KL = {"loss": "judge_kl", "num_negatives": NUM_NEGATIVES, "judge_temperature": 0.25}
-HYBRID = {"loss": "hybrid", "num_negatives": NUM_NEGATIVES, "judge_temperature": 0.25}
+KL = {"loss": "judge_kl", "num_negatives": NUM_NEGATIVES, "judge_temperature": 0.5}
+HYBRID = {"loss": "hybrid", "num_negatives": NUM_NEGATIVES, "judge_temperature": 0.5, "infonce_weight": 4.0}
 JUDGE_MODELS = ("tiny", "tiny_judge")
 JUDGES = ("oracle@0.9", "oracle@0.8", "oracle@0.7", "oracle@0.6", *JUDGE_MODELS)
 
@@ -91,6 +91,7 @@ def _losses() -> Iterable[Arm]:
         judge="none",
         train=hard,
         select=by_similarity,
+        family="hard_filtered",
     )
     yield Arm("hard_filtered", "losses", "in-batch and mined negatives, judge drops false ones", train=hard)
     yield Arm("unime_v2", "losses", "UniME-V2: KL to the judge's scores over mined negatives", train=KL)
@@ -98,12 +99,19 @@ def _losses() -> Iterable[Arm]:
     yield Arm(
         "infonce_wide", "losses", "InfoNCE with as many items a step as k = 3", train=plain | wide, family=INFONCE
     )
-    yield Arm("unime_v1", "losses", "UniME V1: hardest 8 of the batch", train={"loss": "unime_v1", "num_negatives": 0})
+    yield Arm(
+        "unime_v1",
+        "losses",
+        "UniME V1: hardest 8 of the batch",
+        train={"loss": "unime_v1", "num_negatives": 0},
+        family=INFONCE,
+    )
     yield Arm(
         "unime_v2_hard_labels",
         "losses",
         "cross-entropy over mined negatives, judge only drops",
         train={"loss": "hard_negative_ce", "num_negatives": NUM_NEGATIVES},
+        family="unime_v2",
     )
     yield Arm(
         "hardness_weighted",
@@ -117,6 +125,7 @@ def _losses() -> Iterable[Arm]:
         "losses",
         "squared error of margins to the judge's",
         train={"loss": "margin_mse", "num_negatives": NUM_NEGATIVES, "judge_temperature": 1.0, "temperature": 1.0},
+        family="unime_v2",
     )
     yield Arm(
         "matryoshka",
@@ -147,7 +156,7 @@ def _numbers() -> Iterable[Arm]:
 
 
 def _temperatures() -> Iterable[Arm]:
-    for value in (0.02, 0.1, 0.5, 1.0):
+    for value in (0.02, 0.1, 0.25, 1.0):
         for name, train in (("hybrid", HYBRID), ("unime_v2", KL)):
             changed = train | {"judge_temperature": value}
             what = f"judge temperature {value} instead of {train['judge_temperature']}"
