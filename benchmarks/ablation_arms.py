@@ -14,8 +14,8 @@ LEARNING_RATES = (3e-4, 8e-4)
 
 RECIPE: dict[str, Any] = {
     "steps": 40,
-    "batch_queries": 48,
-    "micro_batch_queries": 48,
+    "batch_queries": 32,
+    "micro_batch_queries": 32,
     "learning_rate": 3e-4,
     "warmup_steps": 4,
     "temperature": 0.05,
@@ -78,7 +78,7 @@ def arms() -> list[Arm]:
 
 
 def _losses() -> Iterable[Arm]:
-    wide = {"batch_queries": 120, "micro_batch_queries": 120}
+    wide = {"batch_queries": 80, "micro_batch_queries": 80}
     plain: dict[str, Any] = {"loss": "infonce", "num_negatives": 0}
     hard = {"loss": "infonce", "num_negatives": NUM_NEGATIVES}
     by_similarity = {"cycle": 1}
