@@ -22,8 +22,8 @@ import torch
 from unime_ray.artifacts import Artifact, Manifest, Run
 from unime_ray.config import EmbedderConfig, PixelBudget, RerankerConfig, RunConfig, SelectConfig, TrainConfig
 from unime_ray.corpus.payload import Item, PayloadStore
-from unime_ray.corpus.truth import Truth
-from unime_ray.evaluation.judge_truth import _concepts, measure
+from unime_ray.corpus.truth import Truth, concepts_of
+from unime_ray.evaluation.judge_truth import measure
 from unime_ray.evaluation.protocol import Protocol, load_protocol
 from unime_ray.evaluation.reranking import reranked_row, to_rerank
 from unime_ray.evaluation.retrieval import search
@@ -131,7 +131,7 @@ class Lab:
 
     @cached_property
     def _concepts(self) -> dict[bytes, str]:
-        return _concepts(self.run, self.truth)
+        return concepts_of(self.run, self.truth)
 
     def negatives(self, judge: str, settings: SelectConfig, hard_labels: bool = False) -> tuple[str, Counter[str]]:
         """The `examples` file of a judge's hard negatives under `settings`, made once, and what select counted.
@@ -249,7 +249,10 @@ def _count_items(objective: Any) -> Sequence[int]:
 
 
 def mine(run: Run, config: RunConfig, judges: Sequence[str]) -> None:
-    """Ingest, embed and retrieve, and the model judges among `judges`, each skipped if it is there. Needs Ray."""
+    """Ingest, embed, retrieve, and the model judges among `judges`, each unless it is there: Ray starts only then."""
+    needed = [run.artifact("candidates", "base"), *(run.artifact("judgements", judge) for judge in judges)]
+    if all(artifact.manifest() is not None for artifact in needed):
+        return
     from unime_ray.cluster import connected
     from unime_ray.pipeline import mining
 
