@@ -71,7 +71,7 @@ def test_a_stage_runs_as_a_submitted_job(head, tmp_path):
     command = [str(RAY), "job", "submit", "--address", head, "--working-dir", str(REPOSITORY)]
     entry = [sys.executable, "jobs/ingest.py", "--config", str(config)]
     # The job agent comes up after the server that this talks to, so the first call may come too early.
-    for attempt in range(6):
+    for attempt in range(10):
         done = subprocess.run(
             [*command, "--", *entry], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
         )
