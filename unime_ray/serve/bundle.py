@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from unime_ray.artifacts import Run, filesystem, read_text
 from unime_ray.config import PixelBudget, RunConfig, nearest
 from unime_ray.config_serve import ServeConfig
+from unime_ray.config_vllm import VllmConfig
 from unime_ray.corpus.payload import PayloadStore
 from unime_ray.errors import ConfigError
 
@@ -34,6 +35,8 @@ class Checkpoint:
     dtype: str
     pixels: PixelBudget
     batch_tokens: int
+    vllm: VllmConfig | None = None
+    """Settings of vLLM, if that is what embeds."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def resolve_bundle(run: Run, config: RunConfig, serve: ServeConfig) -> Bundle:
     judge = None if trained is None else trained.judge
     if config.embed.dimensions is not None:
         embedder = replace(embedder, dim=config.embed.dimensions)
+    if config.embed.engine == "vllm":
+        embedder = replace(embedder, vllm=config.embed.vllm)
     return Bundle(run, embedder, _reranker(run, config, serve), serve, judge)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from unime_ray.corpus.payload import Item
 from unime_ray.models.backbone import Backbone
 from unime_ray.models.embedder import Embedder
+from unime_ray.models.embedder_vllm import VllmEmbedder
 from unime_ray.models.reranker import Reranker
+from unime_ray.models.vllm_engine import Frontend
 from unime_ray.serve.bundle import Checkpoint
 from unime_ray.serve.stages import Encoded
 
@@ -17,12 +19,20 @@ NORM_TOLERANCE = 1e-2
 
 
 class EncoderEngine:
-    """Embeds many requests' items at once, in batches of the checkpoint's token budget."""
+    """Embeds many requests' items at once: in batches of the checkpoint's token budget, or as vLLM schedules them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.backbone = load(checkpoint)
-        self.embedder = Embedder(self.backbone, checkpoint.batch_tokens, checkpoint.dim)
+        self.embedder: Embedder | VllmEmbedder
+        self._encode_text: Callable[[str], list[int]]
+        if checkpoint.vllm is None:
+            backbone = load(checkpoint)
+            self.embedder = Embedder(backbone, checkpoint.batch_tokens, checkpoint.dim)
+            self._encode_text = backbone.encode_text
+        else:
+            front = Frontend.load(checkpoint.path, checkpoint.hub_revision, checkpoint.pixels)
+            self.embedder = VllmEmbedder(front, checkpoint.vllm, dtype=checkpoint.dtype, dimensions=checkpoint.dim)
+            self._encode_text = front.tokens.encode_text
 
     def embed_groups(self, groups: Sequence[Sequence[Item]]) -> list[Encoded]:
         """One answer per request; equal items of several requests are computed once."""
@@ -34,7 +44,7 @@ class EncoderEngine:
         for group in groups:
             rows = [row_of[item.item_id] for item in group]
             reasons = [errors[row] or _broken(norms[row]) for row in rows]
-            tokens = sum(len(self.backbone.encode_text(item.rendered)) for item in group)
+            tokens = sum(len(self._encode_text(item.rendered)) for item in group)
             answers.append(Encoded(vectors_ND[rows], reasons, tokens, self.checkpoint.revision, self.checkpoint.name))
         return answers
 
