@@ -162,6 +162,27 @@ def test_the_address_keeps_the_question(tmp_path: Path, address: str) -> None:
     visit(tmp_path, f"{address}#q=red&k=6&rerank=1", steps)
 
 
+def test_a_search_need_not_wait_for_the_server_to_describe_itself(tmp_path: Path, address: str) -> None:
+    late = """{ const real = window.fetch; let asked = 0; window.fetch = (url, options) =>
+        String(url).endsWith('/v1/info') && asked++ < 2
+            ? Promise.resolve(new Response('{"error": {"message": "a stage is starting"}}', { status: 503 }))
+            : real(url, options); }"""
+
+    async def session() -> None:
+        async with browser(tmp_path / "profile") as page:
+            await page.send("Page.addScriptToEvaluateOnNewDocument", source=late)
+            await page.open(address)
+            await page.type("red")
+            await page.press("Enter")
+            await page.until(SEARCHED)
+            assert await page.run(CARDS) == 12
+            await page.until("document.getElementById('status').textContent.includes('items')")
+            assert await page.run(CARDS) == 12 and not await page.run("document.querySelector('.busy')")
+            assert page.console == []
+
+    asyncio.run(session())
+
+
 def test_a_training_query_shows_its_hard_negatives(tmp_path: Path, address: str) -> None:
     async def steps(page: Page) -> None:
         await page.until(f"{CARDS} > 5")

@@ -111,7 +111,7 @@ function query() {
   const text = $("text").value.trim();
   return {
     ...(text && { text }), ...(state.image && { image: state.image }),
-    k: Number(chosen("k")), rerank: $("rerank").checked, filter,
+    k: Number(chosen("k")) || 12, rerank: $("rerank").checked, filter,
     ...($("task").value === "none" ? { instruction: "" } : $("task").value && { task: $("task").value }),
   };
 }

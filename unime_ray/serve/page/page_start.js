@@ -42,7 +42,9 @@ function showInfo(info) {
 
 async function start() {
   // Nothing asked yet: a few items to start from, drawn from all over the index.
+  if (!state.info) return;
   state.request++;
+  $("results").classList.remove("busy");
   $("summary").hidden = true;
   $("training").hidden = true;
   notice("");
@@ -136,19 +138,38 @@ function listen() {
   addEventListener("drop", (event) => { event.preventDefault(); depth = 0; over(false); takePicture(event.dataTransfer.files[0]); });
 }
 
+async function infoWhenThere() {
+  // A stage of the server may be starting again: the page works without and goes on asking.
+  for (let wait = 1000; ; wait = Math.min(2 * wait, 15000)) {
+    try { return await (await api("/v1/info")).json(); } catch (error) {
+      if (!state.request) notice(sentence(error.message));
+      await new Promise((resolve) => setTimeout(resolve, wait));
+    }
+  }
+}
+
+function limitK(info) {
+  for (const input of document.querySelectorAll('input[name="k"]')) {
+    if (Number(input.value) > info.max_k) input.closest("label").remove();
+    else if (!state.request && Number(input.value) === info.k) input.checked = true;
+  }
+  const left = [...document.querySelectorAll('input[name="k"]')];
+  if (!chosen("k") && left.length) left.at(-1).checked = true;
+}
+
 async function main() {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   setTheme(localStorage.getItem("theme") || (dark.matches ? "dark" : "light"));
   dark.addEventListener("change", () => { if (!localStorage.getItem("theme")) setTheme(dark.matches ? "dark" : "light"); });
   listen();
-  try {
-    const info = await (await api("/v1/info")).json();
-    segments("k", KS.filter((k) => k <= info.max_k).map((k) => [k, String(k)]), KS.includes(info.k) ? info.k : 12);
-    segments("kind", [["", "all"], ["image", "pictures"], ["text", "texts"]], "");
-    showInfo(info);
-  } catch (error) { notice(sentence(error.message)); return; }
-  if (recall()) search({ remember: false }); else start();
+  segments("k", KS.map((k) => [k, String(k)]), 12);
+  segments("kind", [["", "all"], ["image", "pictures"], ["text", "texts"]], "");
   $("text").focus({ preventScroll: true });
+  const info = await infoWhenThere();
+  limitK(info);
+  showInfo(info);
+  if (state.request) return; // somebody has asked meanwhile
+  if (recall()) search({ remember: false }); else start();
 }
 
 main();
