@@ -12,14 +12,14 @@ from synthetic_run import EVIL, SyntheticRun, full_run
 
 from unime_ray.artifacts import write_text
 from unime_ray.calibration import fit_calibration
-from unime_ray.config import SelectConfig
+from unime_ray.config import EmbedConfig, SelectConfig
 from unime_ray.report import run_report
 from unime_ray.report.build import duration, number, render
 from unime_ray.report.charts import axis, histogram, interval_chart, line_chart, score_counts, tick_label
 from unime_ray.report.fates import load_mined, why
 from unime_ray.report.gallery import choose
 from unime_ray.report.pictures import Pictures
-from unime_ray.report.sections import _reason_kind
+from unime_ray.report.sections import _reason_kind, seen_before
 from unime_ray.selection import FALSE_NEGATIVE, KEPT, SPARE
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -69,6 +69,12 @@ def test_the_page_is_well_formed_and_has_every_section(text: str) -> None:
     sections = [element["id"] for element in page.named("section")]
     assert sections == ["results", "answers", "corpus", "stages", "training", "judges", "gallery", "provenance"]
     assert [link["href"] for link in page.named("a")] == [f"#{name}" for name in sections]
+
+
+def test_it_says_what_the_packaged_models_had_seen(made: SyntheticRun, text: str) -> None:
+    assert "no picture by openmoji" in text and "or by emojione" in text
+    other = made.config.model_copy(update={"embed": EmbedConfig(model="owner/name"), "judges": {}})
+    assert seen_before(other) == ""
 
 
 def test_nothing_is_loaded_from_elsewhere(text: str) -> None:

@@ -23,7 +23,7 @@ from unime_ray.report.pictures import Instructions, Pictures
 from unime_ray.report.results import results_section
 from unime_ray.report.sections import corpus_section, manifests, provenance, stage_rows, training_curves
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 FILE = "report.html"
 
 
@@ -58,7 +58,7 @@ def render(run: Run, config: RunConfig) -> tuple[str, dict[str, int]]:
     sections: dict[str, Any] = {
         "results": results,
         "answers": answers_section(run, headline["steps"], pictures, instructions) if headline else [],
-        "corpus": corpus_section(run, found),
+        "corpus": corpus_section(run, config, found),
         "stages": stage_rows(found),
         "curves": training_curves(run, found),
         "judges": judge_sections(run, config),

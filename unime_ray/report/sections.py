@@ -14,6 +14,8 @@ import yaml
 
 from unime_ray.artifacts import Manifest, Run, read_text
 from unime_ray.config import RunConfig
+from unime_ray.corpus.demo_rows import ADAPTATION_ARTIST, PRETRAINING_ARTISTS, UNSEEN_ARTIST
+from unime_ray.models.names import PACKAGED
 from unime_ray.report.charts import line_chart
 
 FLOW = (
@@ -37,12 +39,29 @@ def _flow_place(table: str) -> int:
     return FLOW.index(table) if table in FLOW else len(FLOW)
 
 
-def corpus_section(run: Run, found: dict[str, Manifest]) -> dict[str, Any] | None:
-    """Counts of what went in, per dataset and split, and what was rejected."""
+def corpus_section(run: Run, config: RunConfig, found: dict[str, Manifest]) -> dict[str, Any] | None:
+    """Counts of what went in, per dataset and split, what the models had seen before, and what was rejected."""
     if "items" not in found or "qrels" not in found:
         return None
     tables = {key: found[key].rows for key in ("images", "items", "qrels", "pools") if key in found}
-    return {"tables": tables, "datasets": _datasets(run, found), "rejects": _rejects(run, found)}
+    shown = {"tables": tables, "datasets": _datasets(run, found), "rejects": _rejects(run, found)}
+    return shown | {"seen_before": seen_before(config)}
+
+
+def seen_before(config: RunConfig) -> str:
+    """What the packaged models among a run's were pretrained on, "" if there are none: the headroom of the demo.
+
+    What any other checkpoint has seen is not known here.
+    """
+    named = [config.embed.model, *(judge.model for judge in config.judges.values() if judge.engine != "oracle")]
+    packaged = sorted({model for model in named if model in PACKAGED})
+    if not packaged:
+        return ""
+    return (
+        f"{' and '.join(packaged)} had seen emoji of the train fold drawn by {', '.join(PRETRAINING_ARTISTS)}; no "
+        f"picture by {ADAPTATION_ARTIST} (the demo adapts to it) or by {UNSEEN_ARTIST} (the demo's artist test), and "
+        "no held-out emoji's picture or name."
+    )
 
 
 def _datasets(run: Run, found: dict[str, Manifest]) -> list[dict[str, Any]]:
