@@ -32,12 +32,12 @@ def free_port() -> int:
 @pytest.fixture
 def head():
     """A head started as a person would, in a process group of its own; yields the job server's address."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as scratch:
         command = [
             str(RAY), "start", "--head", "--block", f"--port={port}", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={dashboard}", "--num-cpus=4", f"--temp-dir={scratch}", "--disable-usage-stats",
-            "--object-store-memory=200000000",
+            "--object-store-memory=200000000", f"--dashboard-agent-listen-port={agent}",
         ]  # fmt: skip
         log = Path(scratch) / "head.log"
         with log.open("w") as sink:
