@@ -14,10 +14,10 @@ from unime_ray.models.names import model_revision, resolve_model
 LORA = {"rank": 4, "alpha": 8.0, "dora": False, "target_modules": ["q_proj", "v_proj"]}
 
 
-def trained_run(root: Path, adapter: Path | None = None) -> Run:
-    """The run; `adapter` is copied beside the embedder's weights if given."""
+def trained_run(root: Path, adapter: Path | None = None, reranker: str = "reordered") -> Run:
+    """The run; `adapter` is copied beside the embedder's weights if given, `reranker` is the reranker's name."""
     run, model = Run(str(root)), resolve_model("tiny")
-    for kind, name in (("embedder", "adapted"), ("reranker", "reordered")):
+    for kind, name in (("embedder", "adapted"), ("reranker", reranker)):
         artifact = run.artifact(kind, name)
         shutil.copytree(model, artifact.child("model"))
         if adapter is not None and kind == "embedder":

@@ -11,6 +11,7 @@ from another file, and the file's own values are laid over it; `--set a.b=v` ove
 from __future__ import annotations
 
 import difflib
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,6 +33,15 @@ from unime_ray.errors import ConfigError
 from unime_ray.sections import Count, PixelBudget, Positive, Resources, Section
 
 NAMED_SECTIONS = ("judges", "teachers", "embedders", "rerankers")
+NAME = re.compile(r"\w[\w.-]{0,99}")
+IMPORTED = "imported"
+"""In place of a judge's name: the hard negatives that a source of the corpus brought along."""
+RESERVED = {
+    ("judges", IMPORTED): "hard negatives that the corpus brings",
+    ("embedders", "base"): "the embedder before training",
+    ("rerankers", "none"): "serving without a reranker",
+}
+"""Names that stand for something else."""
 
 
 class EmbedConfig(Section):
@@ -91,10 +101,6 @@ class EvaluateConfig(Section):
     seed: int = 0
 
 
-IMPORTED = "imported"
-"""In place of a judge's name: the hard negatives that a source of the corpus brought along."""
-
-
 class RunConfig(Section):
     run: str = "runs/unnamed"
     corpus: CorpusConfig = CorpusConfig()
@@ -110,9 +116,21 @@ class RunConfig(Section):
     serve: ServeConfig = ServeConfig()
 
     @model_validator(mode="after")
+    def _names_can_be_used(self) -> RunConfig:
+        """They become folders of the run, and metrics join them by `+`."""
+        for key in NAMED_SECTIONS:
+            for name in getattr(self, key):
+                if not NAME.fullmatch(name):
+                    raise ValueError(
+                        f"{key}: {name!r} cannot be the name of a folder; use letters, digits, '_', '-' and '.', the "
+                        "first a letter, a digit or '_'"
+                    )
+                if (key, name) in RESERVED:
+                    raise ValueError(f"{key}: `{name}` stands for {RESERVED[key, name]}; take another")
+        return self
+
+    @model_validator(mode="after")
     def _judges_exist(self) -> RunConfig:
-        if IMPORTED in self.judges:
-            raise ValueError("judges: `imported` stands for hard negatives that the corpus brings; take another")
         for kind, trained in (("embedders", self.embedders), ("rerankers", self.rerankers)):
             for name, section in trained.items():
                 if section.judge not in (None, IMPORTED, *self.judges):

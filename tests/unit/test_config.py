@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from unime_ray.artifacts import Run
-from unime_ray.config import RunConfig, load_config, nearest, preset_names
+from unime_ray.config import RunConfig, load_config, nearest, parse_config, preset_names
 from unime_ray.errors import ConfigError
 from unime_ray.pipeline import save_config
 
@@ -147,6 +147,20 @@ def test_imported_negatives_stand_for_a_judge() -> None:
     assert stages == ["ingest", "train-embedder", "train-embedder", "evaluate", "report"]
     with pytest.raises(ValueError, match="`imported` stands for hard negatives"):
         RunConfig(judges={"imported": {}})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b", "/tmp/x", ".hidden", "..", "", "a+b", "a b", "a?b", "x" * 101])
+@pytest.mark.parametrize("section", ["judges", "teachers", "embedders", "rerankers"])
+def test_a_name_that_is_no_folder_of_the_run_is_refused(section: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{section}: .* cannot be the name of a folder"):
+        parse_config({section: {name: {}}}, "c.yaml")
+
+
+def test_names_that_stand_for_something_else_are_refused() -> None:
+    for section, name in (("embedders", "base"), ("rerankers", "none")):
+        with pytest.raises(ConfigError, match=f"{section}: `{name}` stands for"):
+            parse_config({section: {name: {}}}, "c.yaml")
+    assert set(parse_config({"judges": {"größe_2.1-a": {}}}, "c.yaml").judges) == {"größe_2.1-a"}
 
 
 def test_a_saved_config_demands_no_column_that_was_not_named(tmp_path):

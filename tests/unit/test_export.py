@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +136,22 @@ def test_a_folder_that_holds_a_model_is_not_written_over(tmp_path: Path) -> None
 def test_an_unknown_name_gives_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no trained model called 'adaptd'.*adapted"):
         export_run(trained_run(tmp_path / "run"), str(tmp_path / "out"), "adaptd")
+
+
+def test_an_embedder_and_a_reranker_of_one_name_get_a_folder_each(tmp_path: Path) -> None:
+    made = export_run(trained_run(tmp_path / "run", reranker="adapted"), str(tmp_path / "out"))
+    assert {(one.kind, Path(one.uri).name) for one in made} == {
+        ("embedder", "adapted"),
+        ("reranker", "adapted-reranker"),
+    }
+    for folder, task in (("adapted", "feature-extraction"), ("adapted-reranker", "text-ranking")):
+        assert f"pipeline_tag: {task}" in (tmp_path / "out" / folder / "README.md").read_text()
+    assert not (tmp_path / "out" / "adapted" / "1_LogitScore").exists()
+
+
+def test_two_models_are_never_written_to_one_folder(tmp_path: Path) -> None:
+    run = trained_run(tmp_path / "run", reranker="adapted")
+    shutil.copytree(run.artifact("reranker", "adapted").uri, run.artifact("embedder", "adapted-reranker").uri)
+    with pytest.raises(ConfigError, match=r"reranker/adapted and .*embedder/adapted-reranker both go to"):
+        export_run(run, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

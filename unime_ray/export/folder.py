@@ -5,7 +5,8 @@
     TO/<name>/*.json     sentence-transformers' and vLLM's files (families they can take; see `layout`)
     TO/<name>/README.md  the model card
 
-README.md is written last: a folder without it is not a whole export.
+A reranker that has an embedder's name goes to TO/<name>-reranker. README.md is written last: a folder without it is
+not a whole export.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from unime_ray.artifacts import Artifact, Manifest, Run, filesystem, join, read_
 from unime_ray.config import nearest
 from unime_ray.errors import ConfigError
 from unime_ray.export.card import model_card
-from unime_ray.export.layout import PICTURE_TOKENS, cross_encoder_files, embedder_files, embedder_template
-from unime_ray.export.layout import pair_template as judge_template
+from unime_ray.export.layout import (
+    PICTURE_TOKENS,
+    cross_encoder_files,
+    embedder_files,
+    embedder_template,
+    pair_template,
+)
 
 KINDS = ("embedder", "reranker")
 CARD, TEMPLATE = "README.md", "chat_template.jinja"
@@ -29,7 +35,7 @@ CARD, TEMPLATE = "README.md", "chat_template.jinja"
 
 @dataclass(frozen=True)
 class Exported:
-    """One model that was written: `kind` is embedder or reranker, `libraries` what loads the folder."""
+    """One model that was written: `kind` is embedder or reranker, `libraries` what loads the folder at `uri`."""
 
     kind: str
     name: str
@@ -44,23 +50,36 @@ def export_run(run: Run, to: str, name: str = "", licence: str = "") -> list[Exp
         to: a folder or an `s3://` URI. licence: what the card states; data and base model decide, so it is not guessed.
 
     Raises:
-        ConfigError: the run has no such model, or `to` already holds one of another run.
+        ConfigError: the run has no such model, two would go to one folder, or `to` already holds one of another run.
     """
     found = [a for a in run.artifacts() if a.table in KINDS and name in ("", a.name)]
     if not found:
         known = [str(a.name) for a in run.artifacts() if a.table in KINDS]
         what = f"no trained model called {name!r}{nearest(name, known)}" if name else "no trained model"
         raise ConfigError(f"{run.root}: {what}; train one first (unime-ray train-embedder, train-reranker)")
-    _check_target(found, to)
-    return [_export(run, artifact, join(to, str(artifact.name)), licence) for artifact in found]
+    folders = _folders(found)
+    for folder in folders:
+        _check_target(join(to, folder))
+    return [_export(run, artifact, join(to, folder), licence) for folder, artifact in folders.items()]
 
 
-def _check_target(found: list[Artifact], to: str) -> None:
+def _folders(found: list[Artifact]) -> dict[str, Artifact]:
+    """Each model by the name of its folder: its own, but for a reranker that is called like an embedder."""
+    embedders = {artifact.name for artifact in found if artifact.table == "embedder"}
+    folders: dict[str, Artifact] = {}
     for artifact in found:
-        uri = join(to, str(artifact.name))
-        fs, path = filesystem(uri)
-        if fs.get_file_info(path).type == pafs.FileType.Directory and read_text(join(uri, "config.json")) is not None:
-            raise ConfigError(f"{uri} already holds a model; remove it or export to another folder")
+        name = str(artifact.name)
+        folder = f"{name}-reranker" if artifact.table == "reranker" and name in embedders else name
+        if folder in folders:
+            raise ConfigError(f"{artifact.uri} and {folders[folder].uri} both go to {folder!r}; export one with --name")
+        folders[folder] = artifact
+    return folders
+
+
+def _check_target(uri: str) -> None:
+    fs, path = filesystem(uri)
+    if fs.get_file_info(path).type == pafs.FileType.Directory and read_text(join(uri, "config.json")) is not None:
+        raise ConfigError(f"{uri} already holds a model; remove it or export to another folder")
 
 
 def _export(run: Run, artifact: Artifact, uri: str, licence: str) -> Exported:
@@ -112,7 +131,7 @@ def _reranker_files(picture: str, uri: str) -> dict[str, str]:
         before, after = tokens.chat_wrap()
         yes, no = tokens.answer_ids()
         own = str(tokens.tokenizer.chat_template)
-    return cross_encoder_files(yes, no) | {TEMPLATE: judge_template(picture, before, after, own)}
+    return cross_encoder_files(yes, no) | {TEMPLATE: pair_template(picture, before, after, own)}
 
 
 def _card(run: Run, exported: Exported, manifest: Manifest, config: dict[str, Any], licence: str) -> str:
