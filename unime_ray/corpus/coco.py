@@ -43,7 +43,7 @@ def _load(file: str, _stamp: tuple[int, int]) -> Sequence[Captioned]:
     images, annotations = (_objects(content, key, file) for key in ("images", "annotations"))
     if annotations and not any("caption" in one for one in annotations):
         raise CorpusError(f"{file}: no annotation has a `caption`; COCO's captions are in captions_*.json")
-    captions: dict[Any, list[Any]] = {image.get("id"): [] for image in images}
+    captions: dict[Any, list[Any]] = {image["id"]: [] for image in images if _has_id(image)}
     strays = []
     for place, one in enumerate(annotations, 1):
         where = one.get("image_id")
@@ -52,13 +52,19 @@ def _load(file: str, _stamp: tuple[int, int]) -> Sequence[Captioned]:
         else:
             reason = f"annotation {place} names image {where!r}, which is not in `images`"
             strays.append(Captioned("", (), str(place), problem=reason))
-    return [_captioned(image, captions[image.get("id")]) for image in images] + strays
+    return [_captioned(image, captions) for image in images] + strays
 
 
-def _captioned(image: dict[str, Any], captions: list[Any]) -> Captioned:
-    name = image.get("file_name")
-    problem = None if isinstance(name, str) and name else f"image {image.get('id')!r} has no `file_name`"
-    return Captioned(str(name), captions, str(image.get("id")), problem=problem)
+def _has_id(image: dict[str, Any]) -> bool:
+    return isinstance(image.get("id"), (int, str))
+
+
+def _captioned(image: dict[str, Any], captions: dict[Any, list[Any]]) -> Captioned:
+    name, key = image.get("file_name"), image.get("id")
+    if not _has_id(image):
+        return Captioned("", (), str(name), problem=f"image {str(name)[:80]!r} has no `id` that is a number or a text")
+    problem = None if isinstance(name, str) and name else f"image {key!r} has no `file_name`"
+    return Captioned(str(name), captions[key], str(key), problem=problem)
 
 
 def parse_object(file: str) -> dict[str, Any]:

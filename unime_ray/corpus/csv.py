@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from unime_ray.config import Source
 from unime_ray.corpus.files import open_file
+from unime_ray.corpus.jsonl import MAX_LINE_BYTES, check_line
 from unime_ray.corpus.records import Record, Reject
 from unime_ray.corpus.rows import record_of
 from unime_ray.corpus.units import STAGE, Unit, check_columns
@@ -26,10 +27,13 @@ class _Lines:
     def __init__(self, file: str, start: int) -> None:
         self._stream = io.BufferedReader(open_file(file), BUFFER_BYTES)  # type: ignore[type-var]
         self._stream.seek(start)
-        self.offset = start
+        self._file, self.offset = file, start
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._stream:
+        number = 0
+        while line := self._stream.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            check_line(line, number, self._file)
             self.offset += len(line)
             yield line.decode("utf-8", "surrogateescape")
 

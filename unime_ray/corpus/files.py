@@ -7,7 +7,9 @@ import glob
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -80,6 +82,10 @@ def source_files(source: Source) -> list[str]:
         suffixes = ", ".join(SUFFIXES[source.format])
         raise CorpusError(f"{source.path}: no files ({suffixes}) there; check corpus.sources.path")
     for file in found:
+        try:
+            file.encode()
+        except UnicodeEncodeError as error:
+            raise CorpusError(f"{file!r}: the file's name is not valid UTF-8; rename it") from error
         name = file.partition("?")[0].lower()
         if name.endswith(COMPRESSED) and not name.endswith(SUFFIXES[source.format]):
             raise CorpusError(f"{file}: compressed files cannot be read in parts; unpack it first")
@@ -139,31 +145,57 @@ def open_file(file: str) -> pa.NativeFile:
         raise CorpusError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
 
 
+def check_unicode(text: str, what: str) -> None:
+    """Raise RejectedRow if `text`, which `what` names, holds half a surrogate pair (JSON can write one)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RejectedRow(f"{what} holds half a surrogate pair at character {error.start}") from error
+
+
 def resolve_picture(value: str, root: str) -> str:
     """The path or URI of a picture that a row names, relative names starting at `root`.
 
+    Which store is asked, and where it is (a URI's query, such as `?endpoint_override=...`), is the config's to say and
+    no row's: a URI takes over the query of a `root` of its kind.
+
     Raises:
-        RejectedRow: a web address (pictures are never fetched from the web).
+        RejectedRow: a web address (pictures are never fetched from the web), a URI with a query of its own, or a name
+            that is no Unicode.
     """
+    check_unicode(value, "picture's name")
     if value.lower().startswith(("http://", "https://", "data:")):
         raise RejectedRow(f"picture is a web address ({value[:80]}); download it and give its path")
-    if "://" in value or value.startswith("/"):
-        return value.removeprefix("file://")
-    return join(root, value.removeprefix("./"))
+    if not is_remote(value):
+        if value.startswith(("/", "file://")):
+            return value.removeprefix("file://")
+        # A name is a name: in a URI, `?` and `%` would be read as more.
+        return join(root, quote(value.removeprefix("./")) if is_remote(root) else value.removeprefix("./"))
+    base, mark, query = value.partition("?")
+    same_kind = is_remote(root) and root.partition("://")[0] == base.partition("://")[0]
+    allowed = root.partition("?")[2] if same_kind else ""
+    if mark and query != allowed:
+        raise RejectedRow(f"picture's address has settings of its own ({value[:80]}); set them in `image_root`")
+    return f"{base}?{allowed}" if allowed else base
 
 
 def read_picture(path: str, max_bytes: int) -> bytes:
     """A picture's bytes.
 
     Raises:
-        RejectedRow: there is no such file, it is larger than `max_bytes`, or it cannot be read.
+        RejectedRow: there is no such file, it is none, it is larger than `max_bytes`, or it cannot be read.
     """
     try:
         if is_remote(path):
             return _read_remote(path, max_bytes)
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever, a device may never end
+            raise RejectedRow(f"picture is no file: {path}")
+        _check_size(found.st_size, path, max_bytes)
         with open(path, "rb") as stream:
-            _check_size(os.fstat(stream.fileno()).st_size, path, max_bytes)
-            return stream.read()
+            data = stream.read(max_bytes + 1)  # sizes are not always told: /proc says 0
+        _check_size(len(data), path, max_bytes)
+        return data
     except FileNotFoundError as error:
         raise RejectedRow(f"picture not found: {path}") from error
     except (OSError, ValueError, pa.ArrowException) as error:

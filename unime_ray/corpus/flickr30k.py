@@ -82,7 +82,7 @@ def _karpathy_entry(image: Any, place: int) -> Captioned:
 
 
 def _token_lines(text: str) -> Iterator[Line]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a caption may hold what `splitlines` takes for a line's end
         if line.strip():
             name, tab, caption = line.partition("\t")
             yield number, name.rpartition("#")[0] if tab and "#" in name else None, caption

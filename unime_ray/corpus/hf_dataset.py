@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 
-from unime_ray.artifacts import join, read_text
+from unime_ray.artifacts import filesystem, join
 from unime_ray.config import Columns, Source
+from unime_ray.corpus.captions import read_whole
 from unime_ray.corpus.files import folder_of, is_remote, open_file
 from unime_ray.corpus.parquet import BATCH_ROWS, row_record, row_values
 from unime_ray.corpus.records import Record, Reject
@@ -62,9 +65,9 @@ def _refuse_dict(source: Source) -> None:
     """Raise if the folder holds several splits: which is trained on is the config's to say."""
     if "*" in source.path:
         return
-    text = read_text(join(source.path, DICT))
-    if text is not None:
-        splits = json.loads(text).get("splits", [])
+    found = _read_json(join(source.path, DICT))
+    if found is not None:
+        splits = list(found.get("splits") or [])
         first = join(source.path, str(splits[0])) if splits else source.path
         raise CorpusError(
             f"{source.path}: a saved DatasetDict with the splits {', '.join(map(str, splits))}; name each as a source "
@@ -73,11 +76,25 @@ def _refuse_dict(source: Source) -> None:
 
 
 def _is_listed(file: str) -> bool:
-    text = read_text(join(folder_of(file), STATE))
-    if text is None:
+    state = _read_json(join(folder_of(file), STATE))
+    if state is None:
         return True
-    names = [one.get("filename") for one in json.loads(text).get("_data_files", [])]
+    names = [one.get("filename") for one in state.get("_data_files") or [] if isinstance(one, dict)]
     return file.partition("?")[0].rpartition("/")[2] in names
+
+
+def _read_json(uri: str) -> dict[str, Any] | None:
+    """The object in a small file that `save_to_disk` wrote, or None if there is no such file."""
+    fs, path = filesystem(uri)
+    if fs.get_file_info(path).type != pafs.FileType.File:
+        return None
+    try:
+        found = json.loads(read_whole(uri))
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"{uri}: not valid JSON: {' '.join(str(error).split())}; save the dataset again") from error
+    if not isinstance(found, dict):
+        raise CorpusError(f"{uri}: holds {type(found).__name__}, not an object; save the dataset again")
+    return found
 
 
 def _open(file: str) -> pa.NativeFile:

@@ -10,18 +10,24 @@ from unime_ray.corpus.files import open_file
 from unime_ray.corpus.records import Record, Reject
 from unime_ray.corpus.rows import MakeRecord, record_of
 from unime_ray.corpus.units import STAGE, Unit
-from unime_ray.errors import RejectedRow
+from unime_ray.errors import CorpusError, RejectedRow
 
 READ_BYTES = 2**22
+MAX_LINE_BYTES = 2**26
 BOM = b"\xef\xbb\xbf"
 
 
 def cut(file: str, source: Source, rows_per_task: int) -> Iterator[Unit]:
-    """Units of whole lines; `start` and `stop` are byte offsets. Rows are numbered as lines, from 1."""
+    """Units of whole lines; `start` and `stop` are byte offsets. Rows are numbered as lines, from 1.
+
+    Raises:
+        CorpusError: a line is longer than `MAX_LINE_BYTES`: it would have to be held whole.
+    """
     start, first_row, lines, offset = 0, 1, 0, 0
     for line in _lines(file, 0, None):
         offset += len(line)
         lines += 1
+        check_line(line, first_row + lines - 1, file)
         if lines == rows_per_task:
             yield Unit(file, start, offset, first_row, lines)
             start, first_row, lines = offset, first_row + lines, 0
@@ -57,6 +63,12 @@ def _record(line: bytes, number: int, source: Source, file: str, make: MakeRecor
     return Reject(file, number, STAGE, reason)
 
 
+def check_line(line: bytes, number: int, file: str) -> None:
+    """Raise CorpusError if `line` is too long to be held."""
+    if len(line) > MAX_LINE_BYTES:
+        raise CorpusError(f"{file}: line {number} is longer than {MAX_LINE_BYTES} bytes; is it another format?")
+
+
 def _lines(file: str, start: int, stop: int | None) -> Iterator[bytes]:
     """Lines with their line end, from byte `start` to `stop` (None: the end of the file)."""
     with open_file(file) as stream:
@@ -68,5 +80,7 @@ def _lines(file: str, start: int, stop: int | None) -> Iterator[bytes]:
             *whole, pending = (pending + chunk).split(b"\n")
             for line in whole:
                 yield line + b"\n"
+            if len(pending) > MAX_LINE_BYTES:
+                break  # no need to look for its end
         if pending:
             yield pending

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["pairs", "pool"]
+MAX_REASON_CHARS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,18 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """One row that cannot be used, and why: a line of the `rejects` table."""
+    """One row that cannot be used, and why: a line of the `rejects` table.
+
+    Reasons quote the row. What cannot be stored or shown in it (half a surrogate pair, a terminal's control sequence)
+    is written out as an escape, and only the first `MAX_REASON_CHARS` characters are kept.
+    """
 
     source: str
     row: int
     stage: str
     reason: str
+
+    def __post_init__(self) -> None:
+        kept = self.reason[:MAX_REASON_CHARS]
+        shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in kept)
+        object.__setattr__(self, "reason", shown)

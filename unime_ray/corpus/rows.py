@@ -5,17 +5,21 @@ Nothing is opened here: values are checked for their types and laid out, picture
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from unime_ray.config import Source
-from unime_ray.corpus.files import folder_of, resolve_picture, stem
+from unime_ray.corpus.files import check_unicode, folder_of, resolve_picture, stem
 from unime_ray.corpus.records import Record, Side
 from unime_ray.errors import RejectedRow
 
 NESTED = ("negatives", "negative_scores", "positive_score", "candidates")
 """Columns of fixed name that a pairs row may have besides those that `columns` maps."""
+
+MAX_NAME_CHARS = 500
+"""Of an id, a dataset's or a split's name."""
+LARGEST = 3.4e38
+"""What float32, as which numbers are stored, still holds."""
 
 MakeRecord = Callable[[Mapping[str, Any], int, Source, str], Record]
 """How a format makes a record: (row, its number from 1, source, file); raises RejectedRow. See `record_of`."""
@@ -183,14 +187,18 @@ def _image(value: Any, name: str | None, root: str) -> bytes | str | None:
 
 
 def _name(row: Mapping[str, Any], name: str | None) -> str | None:
-    return _text(_value(row, name), name)
+    value = _text(_value(row, name), name)
+    if value is not None and len(value) > MAX_NAME_CHARS:
+        raise RejectedRow(f"{name!r} has {len(value)} characters; a name may have {MAX_NAME_CHARS}")
+    check_unicode(value or "", repr(name))
+    return value
 
 
 def _row_id(row: Mapping[str, Any], name: str | None) -> str | None:
     value = _value(row, name)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _text(value, name)
+    return _name(row, name)
 
 
 def _number(value: Any, name: str) -> float:
@@ -200,8 +208,11 @@ def _number(value: Any, name: str) -> float:
             value = float(value)
         except ValueError as error:
             raise RejectedRow(f"{name!r} is {value[:40]!r}, not a number") from error
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RejectedRow(f"{name!r} is {_kind(value)}, not a finite number")
+    if not -LARGEST <= value <= LARGEST:  # neither is a NaN
+        shown = "an integer too large" if isinstance(value, int) else str(value)
+        raise RejectedRow(f"{name!r} is {shown}, not a finite number")
     return float(value)
 
 

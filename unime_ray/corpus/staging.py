@@ -133,7 +133,7 @@ def _write(uri: str, table: pa.Table) -> None:
 
 
 class _Payload:
-    """Writes the items and pictures of a unit as they come, holding at most `FLUSH_BYTES` of pictures."""
+    """Writes the items and pictures of a unit as they come, holding about `FLUSH_BYTES` of texts and pictures."""
 
     def __init__(self, number: int, folder: str) -> None:
         self._writers = {name: _writer(staged(folder, name, number), schema) for name, schema in _PAYLOAD.items()}
@@ -156,6 +156,7 @@ class _Payload:
             if entry.item_id not in self._seen_items:
                 self._seen_items.add(entry.item_id)
                 self._buffers["items"].append(_item_row(entry, resolved.record))
+                self._pending += len(entry.rendered)
             picture = entry.picture
             if picture is not None and picture.data is not None and picture.image_id not in self._seen_images:
                 self._seen_images.add(picture.image_id)

@@ -16,6 +16,8 @@ from unime_ray.errors import RejectedRow
 
 BLOCK = 512
 BUFFER_BYTES = 2**20
+MAX_HEADER_BYTES = 2**20
+"""Of a long name or of extended attributes, which tarfile reads whole."""
 MAX_MEMBERS = 1000
 MAX_SAMPLE_BYTES = 2**28
 
@@ -30,6 +32,23 @@ class Sample:
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
     problem: str | None = None
     """Why the sample cannot be used."""
+
+
+class _Headers:
+    """What tarfile sees of the stream: no more than `MAX_HEADER_BYTES` at once, and no place before its start."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream, self.tell = stream, stream.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._stream.read(size)
+
+    def seek(self, place: int) -> int:
+        if not 0 <= place < 2**63:
+            raise tarfile.ReadError(f"a member that ends at byte {place}")
+        return self._stream.seek(place)
 
 
 class Archive:
@@ -76,16 +95,18 @@ class Archive:
         end = start
         self._stream.seek(start)
         try:
-            with tarfile.open(name="", fileobj=self._stream, mode="r:") as archive:
+            with tarfile.open(name="", fileobj=_Headers(self._stream), mode="r:") as archive:  # type: ignore[call-overload]
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # type: ignore[attr-defined] # it would keep every header it has seen
+                    if member.size < 0 or archive.offset <= end:  # it would go round in a circle
+                        raise tarfile.ReadError(f"member {member.name!r} has {member.size} bytes")
                     end = archive.offset
                     if not member.isdir() and not member.name.rpartition("/")[2].startswith("."):
                         yield member
                     if end >= self.size:
                         return
                 end = archive.offset
-        except (tarfile.TarError, ValueError, UnicodeError) as error:
+        except (tarfile.TarError, ValueError, RecursionError) as error:
             if start == self.size and not start:
                 return
             yield Sample("", end, self.size, problem=f"no readable tar header at byte {end}: {error}")

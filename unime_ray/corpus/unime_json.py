@@ -32,18 +32,19 @@ from unime_ray.ids import show
 
 READ_BYTES = 2**20
 MAX_OBJECT_CHARS = 2**26
+UNIT_BYTES = 2**28
 EXPORT_ROWS = 256
 BLANK = " \t\r\n,"
 DECODER = json.JSONDecoder()
 
 
 def cut(file: str, source: Source, rows_per_task: int) -> Iterator[Unit]:
-    """Units of whole objects; `start` and `stop` are byte offsets inside the list."""
+    """Units of whole objects, no more than `UNIT_BYTES` and an object; `start` and `stop` are byte offsets."""
     start, first_row, rows, stop = 0, 1, 0, 0
     for begin, stop in _spans(file):
         start = begin if not rows else start
         rows += 1
-        if rows == rows_per_task:
+        if rows == rows_per_task or stop - start >= UNIT_BYTES:
             yield Unit(file, start, stop, first_row, rows)
             first_row, rows = first_row + rows, 0
     if rows:
@@ -134,6 +135,8 @@ class _Window:
             except json.JSONDecodeError as error:
                 if self._ended or len(self._text) - self._at > MAX_OBJECT_CHARS:
                     raise CorpusError(f"{self._file}: row {row} is not valid JSON: {error.msg}") from error
+            except (ValueError, RecursionError) as error:  # an integer too long to be one, or nested too deep
+                raise CorpusError(f"{self._file}: row {row} is not usable JSON: {error}") from error
             else:
                 if end < len(self._text) or self._ended:  # else a bare number might go on
                     self.step(end - self._at)

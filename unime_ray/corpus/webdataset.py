@@ -93,14 +93,18 @@ def _is_row(row: Mapping[str, Any], sample: Sample, source: Source) -> bool:
 
 
 def _with_pictures(row: dict[str, Any], sample: Sample, archive: Archive, source: Source) -> dict[str, Any]:
-    """The row with the bytes of members where it names pictures."""
+    """The row with the bytes of members where it names pictures; each is read once, however often it is named."""
+    held: dict[str, bytes] = {}
 
     def filled(value: Any) -> Any:
         if isinstance(value, list):
             return [filled(one) for one in value]
         if not isinstance(value, str):
             return None if value is None else value
-        return archive.read(sample, member_of(sample, value.lower())) if value else None
+        name = value.lower()
+        if name and name not in held:
+            held[name] = archive.read(sample, member_of(sample, name))
+        return held[name] if name else None
 
     def side(entry: Any) -> Any:
         if isinstance(entry, Mapping) and "image" in entry:

@@ -6,13 +6,16 @@
     mmeb_train    <split>.jsonl in VLM2Vec's columns, one line a positive, with the first negative if there is one
     unime_json    <split>.json in UniME-V2's layout, one object a positive, with all negatives and their scores
 
-Every one is read again by the format of the same name. The last two hold no pool rows: those are refused.
+Every one is read again by the format of the same name. The last two hold no pool rows: those are refused. A split whose
+name is no plain file name (`../x`, `a/b`) goes to `split-<hash>`; its rows name it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import re
 import tarfile
 from contextlib import ExitStack
 from types import TracebackType
@@ -31,6 +34,8 @@ from unime_ray.prompts import render
 
 FLUSH_BYTES, FLUSH_ROWS = 32 * 2**20, 512
 SHARD_BYTES, SHARD_ROWS = 512 * 2**20, 10_000
+MAX_SPLITS = 100
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 SIDE = pa.struct([("text", pa.string()), ("image", IMAGE), ("instruction", pa.string())])
@@ -77,12 +82,22 @@ class Writer:
         """Write what is left."""
 
     def stream(self, name: str) -> Any:
-        """The file `name` in the folder, opened once."""
+        """The file `name` in the folder, opened once.
+
+        Raises:
+            ConfigError: too many are open, one a split.
+        """
         if name not in self._streams:
+            if len(self._streams) >= MAX_SPLITS:
+                raise ConfigError(f"{self.out}: more than {MAX_SPLITS} splits, each a file; write parquet instead")
             fs, path = filesystem(join(self.out, *name.split("/")))
             fs.create_dir(path.rpartition("/")[0], recursive=True)
             self._streams[name] = self._open.enter_context(fs.open_output_stream(path))
         return self._streams[name]
+
+    def close(self, name: str) -> None:
+        """Close the file `name`: nothing more comes."""
+        self._streams.pop(name).close()
 
 
 class PictureFiles:
@@ -199,7 +214,7 @@ class MmebWriter(JsonlWriter):
             row: dict[str, Any] = {}
             for text, picture, side in sides:
                 row |= {text: fused(side), f"{picture}_image_path": self._pictures.name(side) or ""}
-            self._line(f"{record.split}.jsonl", row | names)
+            self._line(f"{split_file(record.split)}.jsonl", row | names)
 
 
 class UnimeWriter(JsonlWriter):
@@ -207,7 +222,7 @@ class UnimeWriter(JsonlWriter):
 
     def write(self, record: Record) -> None:
         _needs_pairs(record, "unime_json")
-        query, name = record.query or Side(), f"{record.split}.json"
+        query, name = record.query or Side(), f"{split_file(record.split)}.json"
         for positive in record.positives:
             row = {
                 "query_text": fused(query),
@@ -240,20 +255,25 @@ class WebDatasetWriter(Writer):
         if shard is None or shard.rows >= SHARD_ROWS or shard.size >= SHARD_BYTES:
             number = 0 if shard is None else shard.number + 1
             if shard is not None:
-                shard.archive.close()
-            stream = self.stream(f"{record.role}-{number:06d}.tar")
-            archive = tarfile.open(fileobj=stream, mode="w|")  # noqa: SIM115 - `finish` closes it
-            shard = self._shards[record.role] = _Shard(number, archive)
+                self._end(shard)
+            name = f"{record.role}-{number:06d}.tar"
+            archive = tarfile.open(fileobj=self.stream(name), mode="w|")  # noqa: SIM115 - `_end` closes it
+            shard = self._shards[record.role] = _Shard(number, name, archive)
         shard.add(record)
 
     def finish(self) -> None:
         for shard in self._shards.values():
-            shard.archive.close()
+            self._end(shard)
+
+    def _end(self, shard: _Shard) -> None:
+        shard.archive.close()
+        self.close(shard.name)
 
 
 class _Shard:
-    def __init__(self, number: int, archive: tarfile.TarFile) -> None:
-        self.number, self.archive, self.rows, self.size = number, archive, 0, 0
+    def __init__(self, number: int, name: str, archive: tarfile.TarFile) -> None:
+        self.number, self.name, self.archive = number, name, archive
+        self.rows = self.size = 0
 
     def add(self, record: Record) -> None:
         members: dict[str, bytes] = {}
@@ -295,6 +315,13 @@ def open_writer(fmt: str, out: str) -> Writer:
     if fmt not in WRITERS:
         raise ConfigError(f"format {fmt!r} cannot be written{nearest(fmt, WRITERS)}")
     return WRITERS[fmt](out)
+
+
+def split_file(split: str) -> str:
+    """A file name for a split, which the corpus may call what it likes; of its own for every split."""
+    if PLAIN_NAME.fullmatch(split) and split != "rejects" and not split.startswith("split-"):
+        return split
+    return f"split-{hashlib.blake2b(split.encode(), digest_size=8).hexdigest()}"
 
 
 def fused(side: Side) -> str:
