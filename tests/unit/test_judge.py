@@ -23,7 +23,7 @@ from tests.unit.models_fixtures import (
 )
 from unime_ray.config import JudgeConfig
 from unime_ray.errors import ModelError
-from unime_ray.models import judge_transformers
+from unime_ray.models import attention, judge_transformers
 from unime_ray.models.backbone import Backbone
 from unime_ray.models.judge import Verdict, load_judge, usage_of, yes_probability
 from unime_ray.models.judge_transformers import TransformersJudge
@@ -77,6 +77,26 @@ def test_a_shared_prefix_changes_nothing(backbone: Backbone, order: str) -> None
             judge = TransformersJudge(backbone, prompt_order=order, share_prefix=share, batch_tokens=batch_tokens)
             assert judge.shares_prefix is share
             torch.testing.assert_close(scores(judge.score_groups(groups())), expected, atol=1e-5, rtol=0)
+
+
+def test_both_ways_of_attending_to_a_prefix_agree(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for shortest in (1, 10_000):  # all suffixes through the fused kernel, none
+        monkeypatch.setattr(attention, "FUSED_TOKENS", shortest)
+        found.append(scores(TransformersJudge(backbone).score_groups(groups())))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_last_layer_runs_for_the_last_token_alone(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    layer = list(backbone.family.layers(backbone.model))[-1]
+    layer.mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1].numel()))  # type: ignore[operator]
+    batch = backbone.prepare(mixed_items())
+    hidden = backbone.run_language_model(batch)
+    whole = hidden[torch.arange(len(batch)), batch.last]
+    torch.testing.assert_close(backbone.last_hidden(batch), whole, atol=1e-5, rtol=0)
+    assert rows == [hidden.shape[:-1].numel(), len(batch)]
 
 
 def test_one_query_alone_equals_the_same_among_many(backbone: Backbone) -> None:

@@ -2,7 +2,8 @@
 
 Registered with transformers under its own name; without a prefix it is transformers' own sdpa. A prefix reaches the
 layers as the keyword argument `shared_prefix` of the language model's forward, so no cache object is expanded: the
-queries of all suffixes of a group meet the group's keys in one product.
+queries of all suffixes of a group meet the group's keys in one product, or, where that is faster (long suffixes on a
+CPU), the prefix's keys are laid before each row's own for torch's fused kernel, which never holds all weights at once.
 
 Shapes: G groups, n suffixes each, B = G * n rows, T suffix tokens, P prefix tokens, H query heads, K key heads,
 R = H / K, d width of a head.
@@ -15,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "unime_shared_prefix"
+FUSED_TOKENS = 24
+"""Suffixes so long or longer go through the fused kernel on a CPU: 1.0 to 2.7 times as fast, shorter ones less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,33 @@ def attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    prefix_key, prefix_value = shared_prefix.keys[layer], shared_prefix.values[layer]
-    return attend_to_both(query * scale, key, value, prefix_key, prefix_value, shared_prefix.bias), None
+    attend = fused if query.device.type == "cpu" and query.shape[2] >= FUSED_TOKENS else attend_to_both
+    found = shared_prefix.keys[layer], shared_prefix.values[layer], shared_prefix.bias
+    return attend(query * scale, key, value, *found), None
+
+
+def fused(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`attend_to_both` by torch's own kernel."""
+    rows, _, tokens, _ = query.shape
+    keys, values = prepend(prefix_key, key), prepend(prefix_value, value)
+    mask = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+    mask = torch.nn.functional.pad(mask, (prefix_key.shape[2], 0))[None, None]
+    if bias is not None:
+        mask = (mask + torch.nn.functional.pad(bias, (0, tokens))).repeat_interleave(rows // len(bias), dim=0)
+    out = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def prepend(prefix: Tensor, own: Tensor) -> Tensor:
+    """(G, K, P, d) before the rows of each group, (B, K, T, d): (B, K, P + T, d)."""
+    groups, heads, length, width = prefix.shape
+    rows, _, tokens, _ = own.shape
+    both = own.new_empty(rows, heads, length + tokens, width)
+    both.view(groups, rows // groups, heads, -1, width)[..., :length, :] = prefix[:, None]
+    both[..., length:, :] = own
+    return both
 
 
 def attend_to_both(

@@ -239,14 +239,19 @@ class Backbone:
         self._features.clear()
 
     def run_language_model(self, batch: Batch, **kwargs: Any) -> Tensor:
-        """Last hidden states (B, T, D), after the final norm. `kwargs` go to the language model's forward."""
+        """Last hidden states (B, T, D), after the final norm. `kwargs` go to the language model's forward.
+
+        With `last=batch.last` or a `collector` the last layer does only what is asked for (see `last_token`).
+        """
         embedded = self.family.language_model(self.model).embed_tokens(batch.input_ids)
         if batch.pictures:
             features = self.features(batch.pictures).to(embedded.dtype)
             where = batch.input_ids == self.tokens.image_token_id
             embedded = embedded.masked_scatter(where.unsqueeze(-1), features[0])
             if features.shape[0] > 1:
-                kwargs |= {"visual_pos_masks": where, "deepstack_visual_embeds": list(features[1:])}
+                # Added after the first layers; what comes after the last one's would reach no other token.
+                deep = features[1 : len(list(self.family.layers(self.model)))]
+                kwargs |= {"visual_pos_masks": where, "deepstack_visual_embeds": list(deep)}
         kwargs.setdefault("attention_mask", batch.attention_mask)
         return self.family.run(self.model, embedded, batch, **kwargs)
 
@@ -258,7 +263,13 @@ class Backbone:
         if isinstance(self.family, DualEncoder):
             features = self.features(batch.pictures)[0] if batch.pictures else None
             return self.family.embed(self.model, batch, features, self.pad_id)
-        hidden = self.run_language_model(batch)
+        return self.last_hidden(batch)
+
+    def last_hidden(self, batch: Batch, **kwargs: Any) -> Tensor:
+        """Last hidden state of each row's last token, (B, D); `kwargs` as in `run_language_model`."""
+        if self.can_share_prefix and not torch.is_grad_enabled():
+            return self.run_language_model(batch, last=batch.last, **kwargs)[:, 0]
+        hidden = self.run_language_model(batch, **kwargs)
         return hidden[torch.arange(len(batch), device=hidden.device), batch.last]
 
     def answer_logits(self, hidden: Tensor, token_ids: Sequence[int]) -> Tensor:

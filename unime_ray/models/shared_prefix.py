@@ -36,8 +36,7 @@ def prefill(backbone: Backbone, segments: Sequence[Segment], past: Prefix | None
 def extend(backbone: Backbone, prefix: Prefix, suffixes: Sequence[Sequence[Segment]]) -> Tensor:
     """Hidden state of each suffix's last token, (G * n, D); each of the G groups has n suffixes."""
     batch = backbone.collate([segment for group in suffixes for segment in group], padding_side="right")
-    hidden = backbone.run_language_model(_after(batch, prefix), attention_mask=None, shared_prefix=prefix)
-    return hidden[torch.arange(len(batch), device=hidden.device), batch.last]
+    return backbone.last_hidden(_after(batch, prefix), attention_mask=None, shared_prefix=prefix)
 
 
 def _after(batch: Batch, prefix: Prefix | None) -> Batch:

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 from unime_ray.config import PixelBudget
 from unime_ray.models import attention
 from unime_ray.models.items import Item
+from unime_ray.models.last_token import spare_last_layer
 from unime_ray.models.pixels import Picture, PicturePipeline
 from unime_ray.models.tokens import Grid, PromptTokenizer, Segment
 
@@ -107,6 +108,8 @@ class Family(ABC):
     def attach(self, model: Any) -> None:
         """Fit a loaded model for what `Backbone` asks of it, in place; weights and module names stay."""
         self.language_model(model).config._attn_implementation = attention.NAME
+        if self.can_share_prefix:
+            spare_last_layer(list(self.layers(model))[-1])
 
     def anchor(self, model: Any) -> Tensor:
         """A weight whose device and dtype are the model's."""
