@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unime_ray.config import ImagePolicy
 from unime_ray.corpus.images import check_image, decode, extension, fit, probe, store_bytes
@@ -45,6 +45,28 @@ def test_exif_orientation_is_applied():
     upright = decode(data)
     assert upright.size == (10, 20)
     assert upright.getpixel((9, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_undone_as_pillow_undoes_it(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise((6, 4)), "PNG", exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(wanted))
+
+
+def test_odd_exif_data_does_not_keep_a_checked_picture_from_being_decoded():
+    """A text where a number belongs: Pillow reads it, and fails to write it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x0213] = 1
+    data = bytearray(encoded(noise((20, 10)), "JPEG", exif=exif))
+    tag = next(tag for tag in (b"\x02\x13\x00\x03", b"\x13\x02\x03\x00") if tag in data)  # in either byte order
+    data[data.index(3, data.index(tag) + 2)] = 2
+    with pytest.raises((struct.error, TypeError, ValueError, AttributeError)):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(bytes(data))))
+    assert check_image(bytes(data)) == decode(bytes(data)).size == (10, 20)
 
 
 @pytest.mark.parametrize(
