@@ -174,7 +174,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF data say. Pillow's own function writes that data anew and fails where it is odd."""
+    """The picture turned as its EXIF data say. Pillow's own function also writes them, and fails where they are odd."""
     turn = TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 

@@ -47,7 +47,7 @@ from unime_ray.serve.schemas import (
     SearchRequest,
     TaskInfo,
 )
-from unime_ray.serve.search import Searcher
+from unime_ray.serve.search import Searcher, names_content
 from unime_ray.serve.stages import EncoderStage, RerankerStage, RetrieverStage
 from unime_ray.serve.standard import StandardApis
 from unime_ray.serve.tasks import Task
@@ -200,7 +200,8 @@ def _item_routes(app: FastAPI, items: Items) -> None:
     ) -> Response:
         """An item's picture."""
         body, media, tag = await items.picture(id, v, size)
-        headers = {"ETag": tag, "Cache-Control": FOREVER if v else "private, no-cache"}
+        kept = FOREVER if names_content(v, tag.strip('"')) else "private, no-cache"
+        headers = {"ETag": tag, "Cache-Control": kept}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
         return Response(body, media_type=media, headers=headers | {"Content-Security-Policy": "default-src 'none'"})

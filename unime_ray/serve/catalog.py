@@ -20,6 +20,8 @@ from unime_ray.serve.live import DELETE, LogRow
 from unime_ray.serve.snapshot import Snapshot
 
 TAIL_CAPACITY = 64
+MAX_MASKS = 64
+"""Filters whose rows are kept; anyone may ask for any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +205,12 @@ class Catalog:
         return answers
 
     def _mask(self, wanted: Wanted) -> np.ndarray:
-        """bool (N + T,): alive rows that pass the filter. Kept until the next write."""
+        """bool (N + T,): alive rows that pass the filter. The last few are kept until the next write."""
         found = self._masks.get(wanted)
         if found is None:
             found = self._alive[: len(self._rows.refs)] & self._rows.mask(wanted, len(self._rows.refs))
+            while len(self._masks) >= MAX_MASKS:
+                del self._masks[next(iter(self._masks))]
             self._masks[wanted] = found
         return found
 

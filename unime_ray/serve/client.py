@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -14,6 +15,16 @@ from unime_ray.errors import ConfigError
 
 TIMEOUT_SECONDS = 90.0
 MAX_ANSWER_BYTES = 256 << 20
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the API key would go along, to whatever host it names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(_Stay)
 
 
 class Client:
@@ -29,18 +40,20 @@ class Client:
         """The JSON answer.
 
         Raises:
-            ConfigError: no server is there, or it refused: its own message.
+            ConfigError: no server is there, it is another one, or it refused: its own message.
         """
         url = self.server + path + (f"?{urllib.parse.urlencode(query)}" if query else "")
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {self._key}"} if self._key else {})
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+            with OPENER.open(request, timeout=TIMEOUT_SECONDS) as answer:
                 return json.loads(answer.read(MAX_ANSWER_BYTES))
         except urllib.error.HTTPError as error:
             raise ConfigError(f"{self.server}: {_message(error)}") from error
-        except (urllib.error.URLError, TimeoutError) as error:
+        except ValueError as error:
+            raise ConfigError(f"{self.server} does not answer in JSON; is it `unime-ray serve`?") from error
+        except (OSError, http.client.HTTPException) as error:
             raise ConfigError(
                 f"{self.server} does not answer ({error}); is `unime-ray serve` running there?"
             ) from error
@@ -52,6 +65,6 @@ class Client:
 
 def _message(error: urllib.error.HTTPError) -> str:
     try:
-        return json.loads(error.read(1 << 20))["error"]["message"]
-    except (ValueError, KeyError, TypeError):
+        return str(json.loads(error.read(1 << 20))["error"]["message"])
+    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
         return f"HTTP {error.code}"

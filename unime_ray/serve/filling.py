@@ -32,7 +32,7 @@ async def keep_fresh(engine: RetrieverEngine, encoder: EncoderStage) -> None:
     while True:
         await asyncio.sleep(engine.config.refresh_seconds)
         await asyncio.to_thread(engine.refresh)
-        if engine.catalog.stale:
+        if engine.stale:
             await reembed(engine, encoder)
         if engine.needs_rebuild():
             await asyncio.to_thread(engine.rebuild)
@@ -56,10 +56,11 @@ async def fill(engine: RetrieverEngine, encoder: EncoderStage) -> None:
 
 
 async def reembed(engine: RetrieverEngine, encoder: EncoderStage) -> None:
-    """Give live items of another revision a vector of this one."""
-    rows = engine.catalog.stale[:CHUNK]
+    """Give live items of another revision a vector of this one; those it cannot embed are given up."""
+    rows = engine.stale[:CHUNK]
     items = await asyncio.to_thread(engine.live.items, [row.row for row in rows])
     encoded = await _patiently(encoder, items, engine.revision)
+    engine.give_up(rows, encoded.errors)
     good = [place for place, error in enumerate(encoded.errors) if error is None]
     kept = [rows[place] for place in good], [items[place] for place in good], encoded.vectors[good]
     await asyncio.to_thread(engine.reembedded, *kept)
@@ -68,7 +69,7 @@ async def reembed(engine: RetrieverEngine, encoder: EncoderStage) -> None:
 async def reembed_all(engine: RetrieverEngine, encoder: EncoderStage) -> None:
     """`reembed` until no live item is left behind."""
     await asyncio.to_thread(engine.refresh)
-    while engine.catalog.stale:
+    while engine.stale:
         await reembed(engine, encoder)
 
 

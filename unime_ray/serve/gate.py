@@ -22,6 +22,7 @@ from unime_ray.serve.metrics import Meter
 log = logging.getLogger("ray.serve.unime")
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/openapi.json", "/favicon.ico"})
+PORT = re.compile(r":\d*$")
 REQUEST_ID = re.compile(r"[\w.:-]{1,100}", re.ASCII)
 SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -96,7 +97,7 @@ class Gate:
         await self.app(scope, replay, send)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0]
+        host = PORT.sub("", headers.get(b"host", b"").decode("latin-1")).lower()
         if self.hosts is not None and host not in self.hosts:
             raise ApiError(421, "wrong_host", f"host: this server does not answer for {host!r}", "host")
         if scope["path"] not in OPEN_PATHS:
@@ -116,7 +117,8 @@ class Gate:
             raise ApiError(401, "invalid_api_key", "authorization: send `Authorization: Bearer <key>`", "authorization")
 
     async def _body(self, scope: Scope, headers: dict[bytes, bytes], receive: Any) -> bytes:
-        limit = self.limits.max_request_bytes
+        # Nobody has shown a key there, and nothing there takes a body.
+        limit = 0 if scope["path"] in OPEN_PATHS else self.limits.max_request_bytes
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)

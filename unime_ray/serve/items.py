@@ -24,7 +24,7 @@ from unime_ray.serve.schemas import (
     ItemsWriteRequest,
     ItemWrite,
 )
-from unime_ray.serve.search import deadline_of, image_url
+from unime_ray.serve.search import deadline_of, image_url, names_content
 from unime_ray.serve.stages import Encoded, EncoderStage, NewItem, RetrieverStage
 from unime_ray.serve.tasks import caption, kind_of
 
@@ -70,6 +70,8 @@ class Items:
         version = await self.retriever.delete(name, self._deadline())
         if version is None:
             raise no_item(name)
+        for key in [key for key in self._pictures if key[0] == name]:
+            self._picture_bytes -= len(self._pictures.pop(key)[0])
         return ItemDeleteAnswer(id=name, version=version)
 
     async def get(self, name: str) -> ItemAnswer:
@@ -101,13 +103,14 @@ class Items:
         except RejectedRow as error:
             raise ApiError(404, "no_picture", f"id: the picture of {name!r} does not decode ({error})", "id") from error
         answer = (body, media, f'"{image.hex()}-{side or 0}"')
-        if version is not None and image.hex().startswith(version):
+        if names_content(version, image.hex()):
             self._keep(key, answer)
         return answer
 
     def _keep(self, key: tuple[str, str | None, int | None], answer: Picture) -> None:
+        before = self._pictures.pop(key, None)  # two requests at once may both have read it
+        self._picture_bytes += len(answer[0]) - (len(before[0]) if before else 0)
         self._pictures[key] = answer
-        self._picture_bytes += len(answer[0])
         while self._picture_bytes > PICTURE_CACHE_BYTES:
             self._picture_bytes -= len(self._pictures.popitem(last=False)[1][0])
 

@@ -17,6 +17,8 @@ DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[^;,]*)*)(;base64
 ADDRESS = re.compile(r"(https?|ftp|file|s3|gs|blob):", re.IGNORECASE)
 WEB_TYPES = {"png": "image/png", "jpg": "image/jpeg", "gif": "image/gif", "webp": "image/webp"}
 THUMBNAIL_QUALITY = 82
+WEBP_SIDE = 16383
+"""Pixels; WebP knows no longer side."""
 
 
 def picture_bytes(value: str, param: str, limits: LimitsConfig) -> bytes:
@@ -47,8 +49,11 @@ def thumbnail(data: bytes, side: int | None) -> tuple[bytes, str]:
     kind = WEB_TYPES.get(extension(data))
     if kind and side is None:
         return data, kind
+    picture = decode(data, max_pixels=side * side if side else None)
+    if max(picture.size) > WEBP_SIDE:
+        picture.thumbnail((WEBP_SIDE, WEBP_SIDE))
     buffer = io.BytesIO()
-    decode(data, max_pixels=side * side if side else None).save(buffer, "WEBP", quality=THUMBNAIL_QUALITY)
+    picture.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY)
     return buffer.getvalue(), "image/webp"
 
 

@@ -38,6 +38,7 @@ class RetrieverEngine:
         self._pool = pool_rows(bundle.run, shard)
         self._vectors = known_vectors(bundle.run, self.revision, shard)
         self._unusable: set[bytes] = set()
+        self._given_up: set[int] = set()
         self._write_lock = threading.Lock()
         self._rebuilding = threading.Lock()
         self.catalog = self._build()
@@ -47,6 +48,18 @@ class RetrieverEngine:
         """Pool items without a vector of this revision."""
         known = self._vectors.keys() | self._unusable
         return [ref.item_id for ref in self._pool.refs if ref.item_id not in known]
+
+    @property
+    def stale(self) -> list[LogRow]:
+        """Live items to be embedded again: another revision made their vector, and this one has not failed at them."""
+        return [row for row in self.catalog.stale if row.row not in self._given_up]
+
+    def give_up(self, rows: Sequence[LogRow], errors: Sequence[str | None]) -> None:
+        """Note which of `rows` this embedder cannot embed: they are not searched, nor tried for ever."""
+        for row, error in zip(rows, errors, strict=True):
+            if error is not None:
+                log.warning("item %s is not indexed: %s", row.id, error)
+                self._given_up.add(row.row)
 
     def take_in(self, ids: Sequence[bytes], vectors_ND: np.ndarray, errors: Sequence[str | None]) -> None:
         """Keep the vectors of pool items embedded just now; they are searched after `rebuild`."""
@@ -145,7 +158,7 @@ class RetrieverEngine:
             revision=self.revision,
             dim=catalog.dim,
             indexed=len(catalog),
-            expected=len(catalog) + self._pending + len(catalog.stale),
+            expected=len(catalog) + self._pending + len(self.stale),
             live=catalog.num_live,
             version=catalog.version,
             groups=catalog.groups(),

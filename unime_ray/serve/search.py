@@ -26,6 +26,8 @@ from unime_ray.serve.stages import Encoded, EncoderStage, RerankerStage, Retriev
 from unime_ray.serve.tasks import Task, caption, kind_of
 
 Hit = tuple[Found, Item]
+VERSION_CHARS = 16
+"""Of a picture's id, in its address."""
 
 
 class Watch:
@@ -185,7 +187,12 @@ def ranked(
 
 def image_url(name: str, image: bytes | None) -> str | None:
     """Where an item's picture is; the content's id in it lets browsers keep it for ever."""
-    return None if image is None else f"/v1/items/{name}/image?v={image.hex()[:16]}"
+    return None if image is None else f"/v1/items/{name}/image?v={image.hex()[:VERSION_CHARS]}"
+
+
+def names_content(version: str | None, image: str) -> bool:
+    """Whether the `version` in a picture's address is that of the picture (id, hex): what is there never changes."""
+    return version is not None and len(version) >= VERSION_CHARS and image.startswith(version)
 
 
 def deadline_of(milliseconds: int | None, config: ServeConfig) -> Deadline:
