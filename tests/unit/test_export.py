@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from transformers import AutoModelForImageTextToText
 from tests.export_run import trained_run
 from tests.unit.models_fixtures import make_item, picture
 from unime_ray import prompts
-from unime_ray.artifacts import read_text
+from unime_ray.artifacts import Manifest, read_text
 from unime_ray.errors import ConfigError
 from unime_ray.export import export_run
+from unime_ray.export.card import model_card
 from unime_ray.export.layout import QWEN_PICTURE, embedder_template, pair_template
 from unime_ray.models.backbone import Backbone
 from unime_ray.models.embedder import Embedder
@@ -117,6 +119,16 @@ def test_card_holds_what_the_run_knows(exported: Path) -> None:
     assert "10.0 (0.0-20.0)" not in text  # another model's figures
     assert str(Path(resolve_model("tiny")).parent) not in text  # nobody's paths
     assert "Not stated" in text
+
+
+def test_what_a_corpus_calls_its_datasets_does_not_break_the_cards_table() -> None:
+    shared = {"split": "te\\st", "metric": "hit@1", "queries": 5, "value": 0.5, "low": None, "high": None}
+    rows = [shared | {"dataset": "a|b\n| c <img src=x> [x](y)", "model": arm} for arm in ("base", "adapted")]
+    manifest = Manifest(table="embedder", name="adapted", stage="train_embedder", fingerprint="0")
+    text = model_card("embedder", "adapted", (), manifest, None, rows, {})
+    lines = [line for line in text.split("## Metrics")[1].splitlines() if line.startswith("|")]
+    assert len(lines) == 3 and {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {7}
+    assert lines[2].startswith(r"| a\|b \| c &lt;img src=x> \[x](y) | te\\st | hit@1 | 5 | 50.0 |")
 
 
 def test_licence_is_stated_when_given(tmp_path: Path) -> None:

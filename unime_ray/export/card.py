@@ -129,12 +129,12 @@ def _metrics(name: str, metrics: list[dict[str, Any]]) -> str:
     if not measured or set(arms) <= {"base"}:
         return "Not measured: the run has no metrics for it."
     header = ["test set", "split", "metric", "queries", *arms]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines = [_row(header), "|---" * len(header) + "|"]
     found = {(r["dataset"], r["split"], r["metric"], r["model"]): r for r in metrics}
     for dataset, split, metric in dict.fromkeys(key[:3] for key in found if key[2] in measured):
         rows = [found.get((dataset, split, metric, arm)) for arm in arms]
         queries = next((row["queries"] for row in rows if row), "")
-        lines.append("| " + " | ".join([dataset, split, metric, str(queries), *map(_value, rows)]) + " |")
+        lines.append(_row([dataset, split, metric, queries, *map(_value, rows)]))
     return "Percent, with 95 % bootstrap intervals over queries. Ties count against the model.\n\n" + "\n".join(lines)
 
 
@@ -146,4 +146,15 @@ def _value(row: dict[str, Any] | None) -> str:
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *map(_row, rows)])
+
+
+def _row(cells: Iterable[Any]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(_cell(str(cell)) for cell in cells) + " |"
+
+
+def _cell(text: str) -> str:
+    """`text` on one line, and as text: datasets and splits are called what a corpus calls them."""
+    line = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+    return line.replace("<", "&lt;").replace("[", "\\[")
