@@ -19,7 +19,7 @@ from unime_ray.report.charts import axis, histogram, interval_chart, line_chart,
 from unime_ray.report.fates import load_mined, why
 from unime_ray.report.gallery import choose
 from unime_ray.report.pictures import Pictures
-from unime_ray.report.sections import _reason_kind, seen_before
+from unime_ray.report.sections import _reason_kind, seen_before, without_keys
 from unime_ray.selection import FALSE_NEGATIVE, KEPT, SPARE
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -92,6 +92,14 @@ def test_text_of_the_corpus_stays_text(text: str) -> None:
     assert len(page.named("script")) == 1 and page.named("img") == []
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert EVIL in "".join(page.words), "it is shown, as text"
+
+
+def test_keys_in_addresses_are_not_shown(made: SyntheticRun) -> None:
+    address = "s3://AKIAKEY:s3%2Fcret@bucket/run"
+    config = made.config.model_copy(update={"run": address, "embed": EmbedConfig(model="s3://AKIAKEY:s3cret@b/m")})
+    page = render(made.run, config)[0]
+    assert "AKIAKEY" not in page and "cret" not in page and "s3://***@bucket/run" in page
+    assert without_keys("a@b http://h/p@q s3://bucket?x=1") == "a@b http://h/p@q s3://bucket?x=1"
 
 
 def test_results_are_the_numbers_of_the_table(made: SyntheticRun, text: str) -> None:

@@ -21,7 +21,14 @@ from unime_ray.report.gallery import gallery
 from unime_ray.report.judges import judge_sections
 from unime_ray.report.pictures import Instructions, Pictures
 from unime_ray.report.results import results_section
-from unime_ray.report.sections import corpus_section, manifests, provenance, stage_rows, training_curves
+from unime_ray.report.sections import (
+    corpus_section,
+    manifests,
+    provenance,
+    stage_rows,
+    training_curves,
+    without_keys,
+)
 
 CODE_VERSION = 3
 FILE = "report.html"
@@ -67,7 +74,7 @@ def render(run: Run, config: RunConfig) -> tuple[str, dict[str, int]]:
         "provenance": provenance(config, found),
     }
     frame = {
-        "title": run.root.rstrip("/").rsplit("/", 1)[-1],
+        "title": without_keys(run.root).partition("?")[0].rstrip("/").rsplit("/", 1)[-1],
         "now": datetime.datetime.now(datetime.UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
         "seconds": sum(one.seconds for one in found.values()),
         "version": __version__,

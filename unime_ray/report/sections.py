@@ -25,6 +25,7 @@ FLOW = (
 )
 LIBRARIES = ("ray", "torch", "transformers", "peft", "pyarrow", "numpy")
 REASONS_SHOWN = 10
+KEYS = re.compile(r"([A-Za-z][\w+.-]*://)[^/\s@]+@")
 SIDE = re.compile(r"(query|positive|negative|candidate|item)(?: \d+)?")
 """How a reject's reason names the side of a row that it is about."""
 
@@ -153,7 +154,7 @@ def _log(run: Run, manifest: Manifest) -> list[dict[str, Any]]:
 def provenance(config: RunConfig, found: dict[str, Manifest]) -> dict[str, Any]:
     """Models, seeds, versions and the whole config."""
     models = [
-        {"key": key, "model": one.model, "revision": one.revision, "prompt": one.prompt_hash}
+        {"key": key, "model": without_keys(one.model), "revision": one.revision, "prompt": one.prompt_hash}
         for key, one in found.items()
         if one.model
     ]
@@ -165,8 +166,15 @@ def provenance(config: RunConfig, found: dict[str, Manifest]) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | versions,
         "seeds": seeds,
         "commits": sorted({one.git_commit for one in found.values() if one.git_commit}),
-        "config": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100),
+        "config": without_keys(
+            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        ),
     }
+
+
+def without_keys(text: str) -> str:
+    """`text` without the keys that addresses such as s3://KEY:SECRET@bucket carry: a report is made to be shown."""
+    return KEYS.sub(r"\1***@", text)
 
 
 def _installed(name: str) -> bool:
