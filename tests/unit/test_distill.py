@@ -53,6 +53,9 @@ def test_texts_of_a_file_come_once_with_unit_vectors(tmp_path):
         (["a", "b"], [[1.0], None], "row 1: column 'vector'"),
         (["a", "b", "c"], [[1.0], [1.0], [float("nan")]], "row 2: the vector is zero or not finite"),
         (["a"], [[0.0, 0.0]], "row 0: the vector is zero or not finite"),
+        (["a"], ["0.5"], "column 'vector' holds string, not lists of numbers"),
+        (["a"], [0.5], "column 'vector' holds double, not lists of numbers"),
+        (["a"], [["x"]], "column 'vector' holds list<.*string>, not lists of numbers"),
         (["a"], None, "no column 'vector'; it has text: set text_column or vector_column"),
     ],
 )

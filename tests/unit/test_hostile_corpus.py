@@ -38,6 +38,7 @@ def staged(folder: Path, name: str, fmt: str = "jsonl") -> tuple[int, list[str]]
     [
         ({"id": "\ud800"}, "'id' holds half a surrogate pair at character 0"),
         ({"split": "te\ud800st"}, "'split' holds half a surrogate pair at character 2"),
+        ({"dataset": "mean"}, "a dataset called 'mean'"),
         ({"dataset": "d" * 501}, "'dataset' has 501 characters; a name may have 500"),
         ({"pos_image": "\ud800.png"}, "picture's name holds half a surrogate pair"),
         ({"pos_image": "a\nb.png"}, "picture not found: .*a\\\\nb.png"),

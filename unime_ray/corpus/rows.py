@@ -16,6 +16,8 @@ from unime_ray.errors import RejectedRow
 NESTED = ("negatives", "negative_scores", "positive_score", "candidates")
 """Columns of fixed name that a pairs row may have besides those that `columns` maps."""
 
+MEAN = "mean"
+"""What results call the mean over datasets: no dataset may be called so."""
 MAX_NAME_CHARS = 500
 """Of an id, a dataset's or a split's name."""
 LARGEST = 3.4e38
@@ -41,6 +43,8 @@ def record_of(row: Mapping[str, Any], number: int, source: Source, file: str) ->
         "meta_task": source.meta_task,
         "row_id": _row_id(row, columns.id),
     }
+    if common["dataset"] == MEAN:
+        raise RejectedRow(f"a dataset called {MEAN!r}: results have the mean under this name; set `dataset`")
     root = source.image_root or folder_of(file)
     if source.role == "pool":
         fallback = source.pos_instruction

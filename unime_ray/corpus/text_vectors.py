@@ -82,7 +82,18 @@ def _batches(settings: TeacherConfig, columns: list[str]) -> Iterator[pa.RecordB
             raise CorpusError(
                 f"{settings.path}: no column {column!r}; it has {names}: set text_column or vector_column"
             )
+    if len(columns) > 1 and not _holds_numbers(dataset.schema.field(columns[1]).type):
+        found = dataset.schema.field(columns[1]).type
+        raise CorpusError(f"{settings.path}: column {columns[1]!r} holds {found}, not lists of numbers")
     yield from dataset.scanner(columns=columns, batch_size=settings.rows_per_batch).to_batches()
+
+
+def _holds_numbers(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if not any(is_one(kind) for is_one in lists):
+        return False
+    # Of lists that are all empty nothing is known; the first row says so.
+    return any(is_one(kind.value_type) for is_one in (pa.types.is_floating, pa.types.is_integer, pa.types.is_null))
 
 
 def _text_id(settings: TeacherConfig, row: int, text: Any) -> bytes:

@@ -32,6 +32,8 @@ CODE_VERSION = 1
 HELD_OUT = "held_out"
 """Name of the embeddings of held-out items, which mining does not need and this stage makes."""
 MAX_ACTORS = 64
+PICTURES_AT_ONCE = 32
+"""Held in memory, each of up to `corpus.image.max_source_bytes`."""
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +122,13 @@ def hash_pictures(batch: pa.Table, store: PayloadStore, policy: Any) -> pa.Table
     """Ray Data: (image_id) -> (image_id, phash, colors); a picture that does not decode gives no row."""
     ids = batch.column("image_id").to_pylist()
     rows = []
-    for identifier, data in store.images(ids).items():
-        try:
-            phash, colors = perceptual_hash(data, policy)
-        except RejectedRow:
-            continue
-        rows.append({"image_id": identifier, "phash": phash, "colors": colors})
+    for start in range(0, len(ids), PICTURES_AT_ONCE):
+        for identifier, data in store.images(ids[start : start + PICTURES_AT_ONCE]).items():
+            try:
+                phash, colors = perceptual_hash(data, policy)
+            except RejectedRow:
+                continue
+            rows.append({"image_id": identifier, "phash": phash, "colors": colors})
     return pa.Table.from_pylist(rows, _HASHES)
 
 
