@@ -12,10 +12,12 @@ under another fingerprint the folder is cleared first.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -290,13 +292,26 @@ def remove(uri: str) -> None:
         fs.delete_file(path)
 
 
-def local_folder(uri: str) -> str:
-    """`uri` itself if it is a local path, else a folder of this machine that its content was copied into."""
+def local_folder(uri: str, without: tuple[str, ...] = ()) -> str:
+    """`uri` itself if it is no address (a local path, a model's name), else a folder of this machine with its files.
+
+    What was copied stays for as long as the process. Libraries that load models read no buckets.
+
+    Args:
+        without: endings of files that are not copied, such as `.safetensors`.
+    """
     if "://" not in uri:
         return uri
     fs, path = filesystem(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        return path
     target = tempfile.mkdtemp(prefix="unime-ray-model-")
-    pafs.copy_files(path, target, source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    for info in fs.get_file_info(pafs.FileSelector(path, recursive=True)):
+        if info.type == pafs.FileType.File and not info.path.endswith(without):
+            copy = Path(target) / os.path.relpath(info.path, path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            pafs.copy_files(info.path, str(copy), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
     return target
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from unime_ray.artifacts import Artifact, Manifest, Run, filesystem, join, read_text, write_text
+from unime_ray.artifacts import Artifact, Manifest, Run, filesystem, join, local_folder, read_text, write_text
 from unime_ray.config import nearest
 from unime_ray.errors import ConfigError
 from unime_ray.export.card import model_card
@@ -123,14 +123,12 @@ def _other_libraries(kind: str, config: dict[str, Any], uri: str) -> dict[str, s
 
 def _reranker_files(picture: str, uri: str) -> dict[str, str]:
     """The judge's prompt as a pair template, with the answers' token ids of the exported tokenizer."""
-    from unime_ray.models.backbone import read_tokens
-    from unime_ray.models.local import local_copy
+    from unime_ray.models.loading import read_tokens
 
-    with local_copy(uri) as folder:
-        _, tokens = read_tokens(folder)
-        before, after = tokens.chat_wrap()
-        yes, no = tokens.answer_ids()
-        own = str(tokens.tokenizer.chat_template)
+    _, tokens = read_tokens(local_folder(uri, without=(".safetensors",)))
+    before, after = tokens.chat_wrap()
+    yes, no = tokens.answer_ids()
+    own = str(tokens.tokenizer.chat_template)
     return cross_encoder_files(yes, no) | {TEMPLATE: pair_template(picture, before, after, own)}
 
 

@@ -7,6 +7,9 @@ import os
 from importlib import resources
 from pathlib import Path
 
+import pyarrow.fs as pafs
+
+from unime_ray.artifacts import filesystem
 from unime_ray.errors import ModelError
 
 PACKAGED = {"tiny": "tiny", "tiny-judge": "tiny_judge"}
@@ -36,14 +39,14 @@ def resolve_model(name: str) -> str:
 def model_revision(path: str, revision: str | None = None) -> str:
     """What exactly was run: 32 hex digits of the content hash of a folder's files, or a hub checkpoint's commit.
 
-    `path` is what `resolve_model` gave. Copying a folder or touching its files does not change its revision.
+    `path` is what `resolve_model` gave, or the address of a folder in a bucket, which is read through. Copying a folder
+    or touching its files does not change its revision.
 
     Raises:
         ModelError: a hub checkpoint cannot be reached to resolve its commit.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        return _folder_hash(folder)
+    if "://" in path or Path(path).is_dir():
+        return _folder_hash(path)
     from transformers import AutoConfig
 
     try:
@@ -63,13 +66,14 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "~", os.sep)) or name.count("/") != 1 or "\\" in name
 
 
-def _folder_hash(folder: Path) -> str:
+def _folder_hash(folder: str) -> str:
     hasher = hashlib.blake2b(digest_size=16, person=b"unime.model")
-    for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.suffix not in HASHED_SUFFIXES:
+    fs, path = filesystem(folder)
+    for info in sorted(fs.get_file_info(pafs.FileSelector(path)), key=lambda info: info.base_name):
+        if info.type != pafs.FileType.File or Path(info.base_name).suffix not in HASHED_SUFFIXES:
             continue
-        hasher.update(f"{file.name}\x00{file.stat().st_size}\x00".encode())
-        with file.open("rb") as stream:
+        hasher.update(f"{info.base_name}\x00{info.size}\x00".encode())
+        with fs.open_input_file(info.path) as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 hasher.update(chunk)
     return hasher.hexdigest()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import yaml
 from pydantic import ValidationError
 
-from unime_ray.artifacts import Run, filesystem, read_text
+from unime_ray.artifacts import Run, local_folder, read_text
 from unime_ray.config import PixelBudget, RunConfig, nearest
 from unime_ray.config_serve import ServeConfig
 from unime_ray.config_vllm import VllmConfig
@@ -28,6 +25,7 @@ class Checkpoint:
 
     name: str
     path: str
+    """A local folder, a hub id, or the address of a folder, which each replica copies to its own machine."""
     revision: str
     dim: int
     """Width of its vectors."""
@@ -122,7 +120,8 @@ def _embedder(run: Run, config: RunConfig, serve: ServeConfig) -> Checkpoint:
         return _checkpoint(name, section.model, section.revision, section.dtype, section.pixels, section.batch_tokens)
     _check("serve.embedder", name, [BASE, *trained])
     pixels = config.embedders[name].pixels if name in config.embedders else section.pixels
-    return _checkpoint(name, _local(run, "embedder", name), None, section.dtype, pixels, section.batch_tokens)
+    model = run.artifact("embedder", name).child("model")
+    return _checkpoint(name, model, None, section.dtype, pixels, section.batch_tokens)
 
 
 def _reranker(run: Run, config: RunConfig, serve: ServeConfig) -> Checkpoint | None:
@@ -133,8 +132,8 @@ def _reranker(run: Run, config: RunConfig, serve: ServeConfig) -> Checkpoint | N
     _check("serve.reranker", name, [NO_RERANKER, *trained])
     section = config.rerankers.get(name)
     pixels = section.pixels if section is not None else config.embed.pixels
-    path = _local(run, "reranker", name)
-    return _checkpoint(name, path, None, config.embed.dtype, pixels, config.evaluate.batch_tokens)
+    model = run.artifact("reranker", name).child("model")
+    return _checkpoint(name, model, None, config.embed.dtype, pixels, config.evaluate.batch_tokens)
 
 
 def _trained(run: Run, kind: str, declared: tuple[str, ...]) -> list[str]:
@@ -154,19 +153,7 @@ def _checkpoint(
     from unime_ray.models.loading import embedding_dim
     from unime_ray.models.names import model_revision, resolve_model
 
-    path = resolve_model(model)
+    path = model if "://" in model else resolve_model(model)
     revision = model_revision(path, hub_revision)
-    dim = embedding_dim(model, hub_revision)
+    dim = embedding_dim(local_folder(model, without=(".safetensors",)), hub_revision)
     return Checkpoint(name, path, revision, dim, hub_revision, dtype, pixels, batch_tokens)
-
-
-def _local(run: Run, kind: str, name: str) -> str:
-    """The checkpoint's folder; one that lies in a bucket is copied next to the process."""
-    uri = run.artifact(kind, name).child("model")
-    fs, path = filesystem(uri)
-    if isinstance(fs, pafs.LocalFileSystem):
-        return path
-    target = Path(tempfile.mkdtemp(prefix="unime-ray-model-")) / name
-    target.mkdir()
-    pafs.copy_files(path, str(target), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
-    return str(target)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from unime_ray.artifacts import local_folder
 from unime_ray.corpus.payload import Item
 from unime_ray.models.backbone import Backbone
 from unime_ray.models.embedder import Embedder
@@ -30,7 +31,7 @@ class EncoderEngine:
             self.embedder = Embedder(backbone, checkpoint.batch_tokens, checkpoint.dim)
             self._encode_text = backbone.encode_text
         else:
-            front = Frontend.load(checkpoint.path, checkpoint.hub_revision, checkpoint.pixels)
+            front = Frontend.load(local_folder(checkpoint.path), checkpoint.hub_revision, checkpoint.pixels)
             self.embedder = VllmEmbedder(front, checkpoint.vllm, dtype=checkpoint.dtype, dimensions=checkpoint.dim)
             self._encode_text = front.tokens.encode_text
 
@@ -72,7 +73,10 @@ class RerankerEngine:
 
 def load(checkpoint: Checkpoint) -> Backbone:
     return Backbone.load(
-        checkpoint.path, revision=checkpoint.hub_revision, dtype=checkpoint.dtype, pixels=checkpoint.pixels
+        local_folder(checkpoint.path),
+        revision=checkpoint.hub_revision,
+        dtype=checkpoint.dtype,
+        pixels=checkpoint.pixels,
     )
 
 
