@@ -161,6 +161,25 @@ def test_a_trained_tower_computes_a_picture_once_with_the_same_gradient(backbone
     visual.zero_grad()
 
 
+@torch.no_grad()
+def test_a_picture_whose_features_are_kept_is_not_decoded_again(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone.load(str(checkpoint), device="cpu")
+    items = [make_item("look", picture(1), instruction) for instruction in ("Find:", "Name:")]
+    cut, made = backbone.pixels._cut, []
+    monkeypatch.setattr(backbone.pixels, "_cut", lambda key, image: made.append(key) or cut(key, image))
+    expected = backbone.forward_hidden(backbone.prepare(items))
+    backbone.pixels.forget()
+    assert len(made) == 1
+    torch.testing.assert_close(backbone.forward_hidden(backbone.prepare(items)), expected, atol=0, rtol=0)
+    assert len(made) == 1
+    batch = backbone.prepare(items)
+    backbone.forget_features()  # as if other pictures had pushed them out meanwhile
+    torch.testing.assert_close(backbone.forward_hidden(batch), expected, atol=0, rtol=0)
+    assert len(made) == 2
+
+
 def test_the_feature_cache_can_be_bounded_or_off(checkpoint: Path) -> None:
     backbone = Backbone.load(str(checkpoint), device="cpu")
     pictures = [backbone.pixels.picture(picture(seed)) for seed in (1, 2)]

@@ -25,7 +25,7 @@ from unime_ray.models.families import DualEncoder, Family
 from unime_ray.models.items import Item
 from unime_ray.models.loading import first_line, read_processor, read_tokens
 from unime_ray.models.names import resolve_model
-from unime_ray.models.pixels import CHECKPOINT_BUDGET, Picture
+from unime_ray.models.pixels import CHECKPOINT_BUDGET, Grid, Picture
 from unime_ray.models.tokens import PromptTokenizer, Segment
 
 FEATURE_CACHE_BYTES = {"cpu": 512 << 20, "cuda": 4 << 30}
@@ -72,7 +72,9 @@ class Backbone:
         self.pixels = family.pictures(processor, pixels)
         self.max_tokens = family.max_tokens
         self.pad_id: int = tokens.tokenizer.pad_token_id or 0
-        self._features: ByteCache[bytes, Tensor] = ByteCache(FEATURE_CACHE_BYTES.get(self.device.type, 512 << 20))
+        self._features: ByteCache[bytes, tuple[Grid, Tensor]] = ByteCache(
+            FEATURE_CACHE_BYTES.get(self.device.type, 512 << 20)
+        )
         self._shared: dict[bytes, Tensor] | None = None
         self.pictures_encoded = 0
         """Pictures that went through the vision tower without gradients so far."""
@@ -153,13 +155,22 @@ class Backbone:
         return self.tokens.chat_wrap()
 
     def pictures(self, items: Sequence[Item]) -> list[Picture | RejectedRow | None]:
-        """Each item's picture; None if it has none, the reason if it cannot be used. Decoded in a thread pool."""
+        """Each item's picture; None if it has none, the reason if it cannot be used. Decoded in a thread pool.
+
+        A picture whose features are in the cache is not decoded again.
+        """
         with_image = [index for index, item in enumerate(items) if item.image is not None]
         sources = [(items[index].image or b"", items[index].image_id) for index in with_image]
         found: list[Picture | RejectedRow | None] = [None] * len(items)
-        for index, picture in zip(with_image, self.pixels.pictures(sources), strict=True):
+        trained = torch.is_grad_enabled() and self.trains_vision
+        known = (lambda key: None) if trained else self._known_grid
+        for index, picture in zip(with_image, self.pixels.pictures(sources, known), strict=True):
             found[index] = picture
         return found
+
+    def _known_grid(self, key: bytes) -> Grid | None:
+        cached = self._features.get(key)
+        return None if cached is None else cached[0]
 
     def segments(self, items: Sequence[Item]) -> list[Segment | RejectedRow]:
         """The exact input of each item to embed; an item that cannot be used is its reason instead."""
@@ -221,13 +232,13 @@ class Backbone:
     @torch.no_grad()
     def _from_cache(self, pictures: Sequence[Picture]) -> dict[bytes, Tensor]:
         cached = {picture.key: self._features.get(picture.key) for picture in pictures}
-        found = {key: features for key, features in cached.items() if features is not None}
+        found = {key: entry[1] for key, entry in cached.items() if entry is not None}
         missing = list({p.key: p for p in pictures if p.key not in found}.values())
         self.pictures_encoded += len(missing)
         for picture, encoded in zip(missing, self._encode(missing), strict=True):
             found[picture.key] = encoded
             # A copy: a view would keep the features of its whole batch alive.
-            self._features.put(picture.key, encoded.clone(), encoded.nbytes)
+            self._features.put(picture.key, (picture.grid, encoded.clone()), encoded.nbytes)
         return found
 
     def limit_feature_cache(self, max_bytes: int) -> None:

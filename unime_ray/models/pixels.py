@@ -12,7 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,9 +29,9 @@ from unime_ray.models.cache import ByteCache
 CHECKPOINT_BUDGET = PixelBudget()
 PATCH_CACHE_BYTES = 256 << 20
 MAX_DECODE_THREADS = 8
+Grid = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Picture:
     """One picture, ready for a vision tower.
 
@@ -40,9 +40,20 @@ class Picture:
     follows from. `key` identifies the content; two pictures with one key are one picture.
     """
 
-    key: bytes
-    grid: tuple[int, int]
-    patches: np.ndarray
+    __slots__ = ("_patches", "grid", "key")
+
+    def __init__(self, key: bytes, grid: Grid, patches: np.ndarray | Callable[[], np.ndarray]) -> None:
+        """`patches` that will hardly be asked for may be something that makes them."""
+        self.key, self.grid, self._patches = key, grid, patches
+
+    @property
+    def patches(self) -> np.ndarray:
+        return self._patches() if callable(self._patches) else self._patches
+
+    @property
+    def nbytes(self) -> int:
+        """Of the patches, if they are held here."""
+        return 0 if callable(self._patches) else self._patches.nbytes
 
 
 class PicturePipeline(ABC):
@@ -62,24 +73,38 @@ class PicturePipeline(ABC):
         found = self._cache.get(key)
         if found is None:
             found = self._cut(key, decode(data))
-            self._cache.put(key, found, found.patches.nbytes)
+            self._cache.put(key, found, found.nbytes)
         return found
 
-    def pictures(self, sources: Sequence[tuple[bytes, bytes | None]]) -> list[Picture | RejectedRow]:
-        """Pictures of (bytes, key or None), in order; one that cannot be used is its RejectedRow instead."""
+    def pictures(
+        self, sources: Sequence[tuple[bytes, bytes | None]], known: Callable[[bytes], Grid | None] = lambda key: None
+    ) -> list[Picture | RejectedRow]:
+        """Pictures of (bytes, key or None), in order; one that cannot be used is its RejectedRow instead.
+
+        A picture whose grid is `known` under its key is decoded only when somebody reads its patches.
+        """
+        take = partial(self._try, known)
         if len(sources) < 4 or _num_threads() == 1:
-            return [self._try(source) for source in sources]
+            return [take(source) for source in sources]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_num_threads(), thread_name_prefix="decode")
-        return list(self._pool.map(self._try, sources))
+        return list(self._pool.map(take, sources))
+
+    def forget(self) -> None:
+        """Drop cached patches."""
+        self._cache.clear()
 
     def normalise(self, pictures: Sequence[Picture], device: torch.device) -> Tensor:
         """`pixel_values` float32 as the image processor would give them for all pictures together."""
         return torch.from_numpy(np.concatenate([picture.patches for picture in pictures])).to(device)
 
-    def _try(self, source: tuple[bytes, bytes | None]) -> Picture | RejectedRow:
+    def _try(self, known: Callable[[bytes], Grid | None], source: tuple[bytes, bytes | None]) -> Picture | RejectedRow:
+        data, key = source
+        grid = known(key) if key is not None else None
+        if key is not None and grid is not None:
+            return Picture(key, grid, lambda: self.picture(data, key).patches)
         try:
-            return self.picture(*source)
+            return self.picture(data, key)
         except RejectedRow as reason:
             return reason
 

@@ -15,13 +15,12 @@ import numpy as np
 from jinja2 import TemplateError
 
 from unime_ray.errors import ModelError, RejectedRow
-from unime_ray.models.pixels import Picture
+from unime_ray.models.pixels import Grid, Picture
 from unime_ray.prompts import IMAGE_MARKER, NO, YES
 
 MAX_CACHED_TEXTS = 50_000
 MAX_CACHED_CHARS = 1000
 CONTENT_SENTINEL = "@@content@@"
-Grid = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -184,7 +184,7 @@ def _unusable(item: bytes, reason: RejectedRow) -> TrainingError:
 
 def _segment_bytes(segment: Segment) -> int:
     # Pictures live in the pixel pipeline's own cache, but a cached segment keeps its picture alive.
-    return segment.ids.nbytes * 4 + sum(picture.patches.nbytes for picture in segment.pictures) + 256
+    return segment.ids.nbytes * 4 + sum(picture.nbytes for picture in segment.pictures) + 256
 
 
 def embedder_micro_batch(
