@@ -1,12 +1,16 @@
 """What a pair costs: tokens x floating-point operations, for pairs run whole and for openings that are shared.
 
-Embeddings, the language head and elementwise work are left out. MMEB's hours are arithmetic with assumed lengths.
+Embeddings, the language head and elementwise work are left out. Our own ways run the last layer's queries, output
+projection and feed-forward for one token a prompt (`unime_ray.models.last_token`), so all they pay there is keys and
+values. MMEB's hours are arithmetic with assumed lengths.
 """
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from engines import BenchItem
 
@@ -27,10 +31,17 @@ class Sizes:
     hidden: int
     vision: float
     """Floating-point operations of the vision tower for one picture."""
+    keys: float
+    """Parameters of one layer's key and value projections."""
 
     def tokens(self, count: float, context: float) -> float:
         """Floating-point operations of `count` tokens that each attend to `context` others."""
         return count * (2 * self.language + 4 * self.layers * self.hidden * context)
+
+    def spared(self, count: float, context: float) -> float:
+        """`tokens` with nothing of the last layer but its keys and values."""
+        share = (self.layers - 1) / self.layers if self.layers else 1.0
+        return share * self.tokens(count, context) + 2 * count * self.keys
 
 
 @dataclass
@@ -46,18 +57,29 @@ class Work:
     """Pictures a pair shows, and distinct ones a pair."""
     distinct: float
 
-    def whole(self, sizes: Sizes, cached: bool = True) -> float:
-        """Operations of a pair run whole, picture features kept between pairs or not."""
+    def naive(self, sizes: Sizes) -> float:
+        """Operations of a pair run whole, every picture encoded every time."""
         total = self.prefix + self.suffix
-        return sizes.tokens(total, total / 2) + (self.distinct if cached else self.pictures) * sizes.vision
+        return sizes.tokens(total, total / 2) + self.pictures * sizes.vision
+
+    def whole(self, sizes: Sizes) -> float:
+        """Operations of a pair run whole, picture features kept between pairs."""
+        total = self.prefix + self.suffix
+        return sizes.spared(total, total / 2) + self.distinct * sizes.vision
+
+    def prefix_cached(self, sizes: Sizes, hit_rate: float) -> float:
+        """Operations of a pair of which a share of the tokens is found in vLLM's prefix cache."""
+        total = self.prefix + self.suffix
+        return (1 - hit_rate) * sizes.tokens(total, total / 2) + self.distinct * sizes.vision
 
     def shared(self, sizes: Sizes) -> float:
         """Operations of a pair whose opening runs once for all that share it."""
-        once = self.openings * sizes.tokens(self.prefix, self.prefix / 2)
-        return once + sizes.tokens(self.suffix, self.prefix + self.suffix / 2) + self.distinct * sizes.vision
+        once = self.openings * sizes.spared(self.prefix, self.prefix / 2)
+        return once + sizes.spared(self.suffix, self.prefix + self.suffix / 2) + self.distinct * sizes.vision
 
 
-def work_of(backbone: Backbone, groups: Groups, order: str) -> Work:
+def work_of(backbone: Backbone, groups: Groups, order: str, known: Sequence[BenchItem] = ()) -> Work:
+    """`known` are items whose pictures were met before."""
     ids = PromptIds(backbone.tokens, order)
     pairs = [(query, candidate) for query, candidates in groups for candidate in candidates]
     items = {item.item_id: item for pair in pairs for item in pair}
@@ -75,7 +97,7 @@ def work_of(backbone: Backbone, groups: Groups, order: str) -> Work:
         statistics.mean(suffixes),
         len(openings) / len(pairs),
         len(pictures) / len(pairs),
-        len(set(pictures)) / len(pairs),
+        len(set(pictures) - {item.image_id for item in known}) / len(pairs),
     )
 
 
@@ -89,20 +111,28 @@ def sizes_of(backbone: Backbone, patches: int) -> Sizes:
     attention = 4 * patches**2 * width * len(core.visual.blocks)
     vision = 2 * blocks * patches + 2 * merger * patches / config.vision_config.spatial_merge_size**2 + attention
     text = config.get_text_config()
-    return Sizes(language, text.num_hidden_layers, text.hidden_size, vision)
+    return Sizes(language, text.num_hidden_layers, text.hidden_size, vision, keys_of(text))
 
 
-def flops_of(name: str, works: dict[str, Work], sizes: Sizes) -> float:
-    """Operations a pair that a way computes."""
-    work = works["candidate_first" if name == "turned" else "query_first"]
-    if name in ("batched", "naive"):
-        return work.whole(sizes, cached=name == "batched")
-    return work.shared(sizes)
+def keys_of(text: Any) -> float:
+    """Parameters of the key and value projections of a layer."""
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return float(2 * text.hidden_size * text.num_key_value_heads * width)
+
+
+def flops_of(name: str, works: dict[str, Work], sizes: Sizes, hit_rate: float | None = None) -> float:
+    """Operations a pair that a way computes; vLLM's by the share of its tokens that were in the prefix cache."""
+    work = works["candidate_first" if name.endswith("turned") else "query_first"]
+    if name == "naive":
+        return work.naive(sizes)
+    if name == "batched":
+        return work.whole(sizes)
+    return work.shared(sizes) if hit_rate is None else work.prefix_cached(sizes, hit_rate)
 
 
 PUBLISHED_SIZES = {
-    "Qwen2-VL-2B": Sizes(1.31e9, 28, 1536, 0.0),
-    "Qwen2.5-VL-7B": Sizes(6.53e9, 28, 3584, 0.0),
+    "Qwen2-VL-2B": Sizes(1.31e9, 28, 1536, 0.0, 2 * 1536 * 256),
+    "Qwen2.5-VL-7B": Sizes(6.53e9, 28, 3584, 0.0, 2 * 3584 * 512),
 }
 """Language layers without embeddings and head. Vision is added below."""
 VISION_PARAMETERS, VISION_LAYERS, VISION_WIDTH = 6.7e8, 32, 1280
@@ -118,7 +148,7 @@ def extrapolate(rate: float) -> None:
         for side in (336, 672):
             picture, patches = side**2 // 28**2, side**2 // 14**2
             vision = 2 * VISION_PARAMETERS * patches + 4 * patches**2 * VISION_WIDTH * VISION_LAYERS
-            full = Sizes(sizes.language, sizes.layers, sizes.hidden, vision)
+            full = replace(sizes, vision=vision)
             for direction, (query, candidate) in (("picture -> text", (picture, TEXT)),
                                                   ("text -> picture", (TEXT, picture)),
                                                   ("picture -> picture", (picture, picture))):  # fmt: skip
@@ -126,6 +156,6 @@ def extrapolate(rate: float) -> None:
                 # A picture's features are kept: a query's for its 51 pairs, a candidate's for as many.
                 work = Work(OPENING + query, candidate + AROUND, 1 / 51, shown, shown / 51)
                 hours = [PUBLISHED_PAIRS * flops / rate / 3600
-                         for flops in (work.whole(full, False), work.whole(full), work.shared(full))]  # fmt: skip
+                         for flops in (work.naive(full), work.whole(full), work.shared(full))]  # fmt: skip
                 label = f"{model} {side}x{side} {direction}"
                 print(f"{label:<44}{hours[0]:>6,.0f}{hours[1]:>10,.0f}{hours[2]:>10,.0f}")
