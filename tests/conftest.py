@@ -43,3 +43,13 @@ def tiny_pictures() -> dict[str, bytes]:
     """Eight 16x16 PNGs of different colors, by the color's name."""
     names = ("red", "green", "blue", "yellow", "purple", "orange", "black", "gray")
     return {name: picture(name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is ready to be trained on, with its checkpoint (see `tests.distributed.scene`)."""
+    from tests.distributed.scene import build_scene
+
+    root = tmp_path_factory.mktemp("scene")
+    build_scene(root)
+    return root

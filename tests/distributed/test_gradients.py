@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.distributed.rank import SECTIONS
-from tests.distributed.scene import SECTION, build_scene, gradients, job_of, stepper_of
+from tests.distributed.scene import SECTION, gradients, job_of, stepper_of
 from unime_ray.config import EmbedderConfig
 from unime_ray.train import embedder_objective, worker
 
@@ -36,13 +36,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vision": ("embedder", SECTION | {"loss": "hybrid", "lora": {"rank": 4, "alpha": 8.0, "train_vision": True}}),
     "reranker": ("reranker", RERANKER),
 }
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("scene")
-    build_scene(root)
-    return root
 
 
 def on_ranks(

@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.drive import config_of
-from tests.distributed.scene import NUM_QUERIES, SECTION, build_scene
+from tests.distributed.scene import NUM_QUERIES, SECTION
 from unime_ray.artifacts import Run
 from unime_ray.errors import TrainingError
 from unime_ray.train.embedder import run_train_embedder
@@ -36,13 +36,6 @@ TWO_WORKERS = SECTION | {
     "log_every": 1,
     "max_failures": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("scene")
-    build_scene(root)
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import socket
-import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +13,15 @@ import pytest
 
 from tests.conftest import picture
 from tests.e2e.browser import CHROMIUM, Page, browser
-from tests.unit.serve_fixtures import FakeEncoder, FakeReranker, LocalRetriever, filled_engine, make_bundle, make_run
+from tests.unit.serve_fixtures import (
+    FakeEncoder,
+    FakeReranker,
+    LocalRetriever,
+    filled_engine,
+    listening,
+    make_bundle,
+    make_run,
+)
 from unime_ray.serve.app import Stages, build_app
 from unime_ray.serve.errors import StageOverloaded
 from unime_ray.serve.gate import key_digests
@@ -35,8 +40,6 @@ CARDS = "document.querySelectorAll('#results .card').length"
 @contextlib.contextmanager
 def serving(tmp_path: Path, reranker: FakeReranker, digests: tuple[bytes, ...] = ()) -> Iterator[str]:
     """The address of the page over eight colors and their names."""
-    import uvicorn
-
     bundle = make_bundle(make_run(tmp_path / "run"))
     stages = Stages(FakeEncoder(), LocalRetriever(filled_engine(bundle)), reranker)
     payload = bundle.payload()
@@ -44,18 +47,8 @@ def serving(tmp_path: Path, reranker: FakeReranker, digests: tuple[bytes, ...] =
     tasks, words = query_tasks(bundle.run, payload), item_instructions(payload, ids)
     negatives = read_negatives(bundle.run, None, payload)
     app = build_app(bundle, stages, tasks, words, NoMeter(), digests, negatives=negatives)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server ended at once"
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join(10)
+    with listening(app) as url:
+        yield f"{url}/"
 
 
 def visit(tmp_path: Path, address: str, steps: Callable[[Page], Awaitable[None]]) -> None:

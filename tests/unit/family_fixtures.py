@@ -26,7 +26,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from tests.unit.models_fixtures import build_tokenizer, save_checkpoint
+from tests.unit.models_fixtures import build_tokenizer, randomise, save_checkpoint
 from unime_ray import prompts
 
 GENERATIVE = ("qwen3_vl_embedding", "llava_onevision", "internvl")
@@ -48,12 +48,7 @@ def save_family(folder: Path, family: str, **changes: Any) -> Path:
     torch.manual_seed(0)
     made = {"llava_onevision": _llava, "internvl": _internvl, "clip": _clip, "siglip": _siglip, "siglip2": _siglip2}
     model, tokenizer, processor = made[family](**changes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    randomise(model)
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder)
     return folder

@@ -112,18 +112,23 @@ def save_checkpoint(folder: Path, family: str = "qwen2_vl", tokenizer: Any = Non
     tokenizer = tokenizer or build_tokenizer()
     torch.manual_seed(0)
     model = _model(family, tokenizer, text)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    randomise(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(
         patch_size=PATCH, merge_size=MERGE, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
     ).save_pretrained(folder)
     return folder
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Weights large enough that what a model is given shows in what it answers."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 def _model(family: str, tokenizer: Any, overrides: dict[str, Any]) -> Any:

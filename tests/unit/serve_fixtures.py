@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -233,6 +236,27 @@ def api_client(bundle: Bundle, limits: LimitsConfig | None = None, **options: ob
     meter = options.pop("meter", NoMeter())
     options.setdefault("negatives", read_negatives(bundle.run, None, payload))
     return TestClient(build_app(bundle, stages, tasks, words, meter, **options), raise_server_exceptions=False)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def listening(app: object) -> Iterator[str]:
+    """The address of a server on a free port of this machine, without a slash at its end."""
+    import uvicorn
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))  # type: ignore[arg-type]
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server ended at once"
+        time.sleep(0.05)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
 
 def problem(answer: object) -> tuple[int, str | None, str | None]:

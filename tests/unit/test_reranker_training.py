@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.scene import SECTION, build_scene, job_of, stepper_of
+from tests.distributed.scene import SECTION, job_of, stepper_of
 from unime_ray.config import RerankerConfig
 from unime_ray.corpus.payload import PayloadStore
 from unime_ray.models.reranker import Reranker
@@ -17,13 +17,6 @@ from unime_ray.train import reranker_objective, worker
 from unime_ray.train.collate import Packed
 
 SHARED = {"lora", "steps", "batch_queries", "micro_batch_queries", "learning_rate"}
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("scene")
-    build_scene(root)
-    return root
 
 
 class Step:

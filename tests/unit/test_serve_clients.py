@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +14,7 @@ from tests.unit.serve_fixtures import (
     LocalRetriever,
     data_url,
     filled_engine,
+    listening,
     make_bundle,
     make_run,
 )
@@ -30,23 +28,11 @@ MODEL = "colors-embedder"
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The interface over stages without models, with the API key `secret`."""
-    import uvicorn
-
     bundle = make_bundle(make_run(tmp_path_factory.mktemp("clients") / "run"))
     stages = Stages(FakeEncoder(), LocalRetriever(filled_engine(bundle)), FakeReranker())
     app = build_app(bundle, stages, [], {}, NoMeter(), key_digests("secret"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server ended at once"
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join(10)
+    with listening(app) as url:
+        yield url
 
 
 def test_openai_embeddings(address: str) -> None:

@@ -22,13 +22,6 @@ from unime_ray.train.loop import learning_rate_at, run_steps
 IDENTITY = {"model": "m", "config": "c"}
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("scene")
-    build_scene(root)
-    return root
-
-
 class Training:
     """A training in this process, as a worker does it."""
 

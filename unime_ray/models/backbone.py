@@ -155,18 +155,9 @@ class Backbone:
         return self.tokens.chat_wrap()
 
     def pictures(self, items: Sequence[Item]) -> list[Picture | RejectedRow | None]:
-        """Each item's picture; None if it has none, the reason if it cannot be used. Decoded in a thread pool.
-
-        A picture whose features are in the cache is not decoded again.
-        """
-        with_image = [index for index, item in enumerate(items) if item.image is not None]
-        sources = [(items[index].image or b"", items[index].image_id) for index in with_image]
-        found: list[Picture | RejectedRow | None] = [None] * len(items)
+        """Each item's picture (`PicturePipeline.of_items`); one whose features are cached is not decoded again."""
         trained = torch.is_grad_enabled() and self.trains_vision
-        known = (lambda key: None) if trained else self._known_grid
-        for index, picture in zip(with_image, self.pixels.pictures(sources, known), strict=True):
-            found[index] = picture
-        return found
+        return self.pixels.of_items(items, (lambda key: None) if trained else self._known_grid)
 
     def _known_grid(self, key: bytes) -> Grid | None:
         cached = self._features.get(key)

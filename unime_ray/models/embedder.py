@@ -5,6 +5,7 @@ Text goes in raw, without chat template, padded on the left, as in the published
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,19 +26,12 @@ def embed_batch(backbone: Backbone, batch: Batch) -> Tensor:
     return functional.normalize(backbone.forward_hidden(batch).float(), dim=-1)
 
 
-class Embedder:
-    """Embeds items in batches of similar length, each of at most `batch_tokens` padded tokens."""
+class CheckedEmbedder(ABC):
+    """What embedders of either engine share."""
 
-    def __init__(
-        self, backbone: Backbone, batch_tokens: int = DEFAULT_BATCH_TOKENS, dimensions: int | None = None
-    ) -> None:
-        """`dimensions`: keep the first so many numbers of each vector, normalised again (Matryoshka).
-
-        Raises:
-            ModelError: the vectors have fewer.
-        """
-        self.backbone, self.batch_tokens = backbone, backbone.batch_budget(batch_tokens)
-        self.dimensions = check_dimensions(dimensions, backbone.hidden_size, backbone.tokens.name)
+    @abstractmethod
+    def embed_checked(self, items: Sequence[Item]) -> tuple[np.ndarray, list[str | None]]:
+        """Vectors (N, D) and each item's error or None; an item with an error has a zero vector."""
 
     def embed(self, items: Sequence[Item]) -> np.ndarray:
         """Vectors (N, D) float32 of unit norm, in the order of `items`.
@@ -50,6 +44,21 @@ class Embedder:
             if error is not None:
                 raise ModelError(f"item {item.item_id.hex()} cannot be embedded: {error}")
         return vectors
+
+
+class Embedder(CheckedEmbedder):
+    """Embeds items in batches of similar length, each of at most `batch_tokens` padded tokens."""
+
+    def __init__(
+        self, backbone: Backbone, batch_tokens: int = DEFAULT_BATCH_TOKENS, dimensions: int | None = None
+    ) -> None:
+        """`dimensions`: keep the first so many numbers of each vector, normalised again (Matryoshka).
+
+        Raises:
+            ModelError: the vectors have fewer.
+        """
+        self.backbone, self.batch_tokens = backbone, backbone.batch_budget(batch_tokens)
+        self.dimensions = check_dimensions(dimensions, backbone.hidden_size, backbone.tokens.name)
 
     def embed_checked(self, items: Sequence[Item]) -> tuple[np.ndarray, list[str | None]]:
         """Vectors (N, D) and each item's error or None; an item with an error has a zero vector."""

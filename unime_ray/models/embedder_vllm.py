@@ -8,15 +8,15 @@ import numpy as np
 
 from unime_ray.config import EmbedConfig
 from unime_ray.config_vllm import VllmConfig
-from unime_ray.errors import ModelError, RejectedRow
-from unime_ray.models.embedder import check_dimensions
+from unime_ray.errors import RejectedRow
+from unime_ray.models.embedder import CheckedEmbedder, check_dimensions
 from unime_ray.models.items import Item
 from unime_ray.models.pixels import Picture
 from unime_ray.models.tokens import Segment
 from unime_ray.models.vllm_engine import EngineStats, Frontend, VllmEngine
 
 
-class VllmEmbedder:
+class VllmEmbedder(CheckedEmbedder):
     """The vLLM engine beside `embedder.Embedder`, with the same methods."""
 
     def __init__(
@@ -57,19 +57,6 @@ class VllmEmbedder:
     def stats(self) -> EngineStats:
         """Requests, prompt tokens and how many of them the prefix cache held."""
         return self.engine.stats
-
-    def embed(self, items: Sequence[Item]) -> np.ndarray:
-        """Unit vectors (N, D) float32.
-
-        Raises:
-            ModelError: an item cannot be embedded; the message has its id and the reason.
-            EngineDied: the engine stopped working.
-        """
-        vectors, errors = self.embed_checked(items)
-        for item, error in zip(items, errors, strict=True):
-            if error is not None:
-                raise ModelError(f"item {item.item_id.hex()} cannot be embedded: {error}")
-        return vectors
 
     def embed_checked(self, items: Sequence[Item]) -> tuple[np.ndarray, list[str | None]]:
         """Vectors (N, D) and each item's error or None; an item with an error has a zero vector.

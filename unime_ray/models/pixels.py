@@ -25,6 +25,7 @@ from unime_ray.corpus.images import decode
 from unime_ray.errors import ModelError, RejectedRow
 from unime_ray.ids import image_id
 from unime_ray.models.cache import ByteCache
+from unime_ray.models.items import Item
 
 CHECKPOINT_BUDGET = PixelBudget()
 PATCH_CACHE_BYTES = 256 << 20
@@ -93,6 +94,20 @@ class PicturePipeline(ABC):
     def forget(self) -> None:
         """Drop cached patches."""
         self._cache.clear()
+
+    def of_items(
+        self, items: Sequence[Item], known: Callable[[bytes], Grid | None] = lambda key: None
+    ) -> list[Picture | RejectedRow | None]:
+        """Each item's picture; None if it has none, the reason if it cannot be used. Decoded in a thread pool.
+
+        `known`: as for `pictures`.
+        """
+        with_image = [index for index, item in enumerate(items) if item.image is not None]
+        sources = [(items[index].image or b"", items[index].image_id) for index in with_image]
+        found: list[Picture | RejectedRow | None] = [None] * len(items)
+        for index, picture in zip(with_image, self.pictures(sources, known), strict=True):
+            found[index] = picture
+        return found
 
     def normalise(self, pictures: Sequence[Picture], device: torch.device) -> Tensor:
         """`pixel_values` float32 as the image processor would give them for all pictures together."""

@@ -79,13 +79,8 @@ class Frontend:
         return cls(family, tokens, pipeline, resolve_model(model), revision)
 
     def pictures(self, items: Sequence[Item]) -> list[Picture | RejectedRow | None]:
-        """Each item's picture; None if it has none, the reason if it cannot be used."""
-        with_image = [index for index, item in enumerate(items) if item.image is not None]
-        sources = [(items[index].image or b"", items[index].image_id) for index in with_image]
-        found: list[Picture | RejectedRow | None] = [None] * len(items)
-        for index, picture in zip(with_image, self.pixels.pictures(sources), strict=True):
-            found[index] = picture
-        return found
+        """Each item's picture (`PicturePipeline.of_items`)."""
+        return self.pixels.of_items(items)
 
 
 class VllmEngine:
