@@ -37,18 +37,23 @@ class Captioned:
 Load = Callable[[str], Sequence[Captioned]]
 
 
-def cut_captions(file: str, rows_per_task: int, load: Load) -> Iterator[Unit]:
-    """Units of whole pictures; `start` and `stop` count them from 0."""
-    total = len(load(file))
-    for start in range(0, total, rows_per_task):
-        stop = min(start + rows_per_task, total)
-        yield Unit(file, start, stop, start + 1, stop - start)
+@dataclass(frozen=True)
+class CaptionReader:
+    """The reader of a format whose `load` gives every picture of an annotation file with its captions."""
 
+    load: Load
 
-def read_captions(unit: Unit, source: Source, load: Load) -> Iterator[Record | Reject]:
-    """The rows of a unit: several per picture, all with the number of the picture."""
-    for number, entry in enumerate(load(unit.file)[unit.start : unit.stop], unit.first_row):
-        yield from caption_records(entry, number, source, unit.file)
+    def cut(self, file: str, source: Source, rows_per_task: int) -> Iterator[Unit]:
+        """Units of whole pictures; `start` and `stop` count them from 0."""
+        total = len(self.load(file))
+        for start in range(0, total, rows_per_task):
+            stop = min(start + rows_per_task, total)
+            yield Unit(file, start, stop, start + 1, stop - start)
+
+    def read(self, unit: Unit, source: Source) -> Iterator[Record | Reject]:
+        """The rows of a unit: several per picture, all with the number of the picture."""
+        for number, entry in enumerate(self.load(unit.file)[unit.start : unit.stop], unit.first_row):
+            yield from caption_records(entry, number, source, unit.file)
 
 
 def caption_records(entry: Captioned, number: int, source: Source, file: str) -> Iterator[Record | Reject]:

@@ -8,24 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from unime_ray.config import Source
-from unime_ray.corpus.captions import Captioned, cut_captions, read_captions, read_whole, stamp
-from unime_ray.corpus.records import Record, Reject
-from unime_ray.corpus.units import Unit
+from unime_ray.corpus.captions import Captioned, CaptionReader, read_whole, stamp
 from unime_ray.errors import CorpusError
-
-
-def cut(file: str, source: Source, rows_per_task: int) -> Iterator[Unit]:
-    """Units of whole pictures; `start` and `stop` count them from 0."""
-    return cut_captions(file, rows_per_task, load)
-
-
-def read(unit: Unit, source: Source) -> Iterator[Record | Reject]:
-    """The rows of a unit."""
-    return read_captions(unit, source, load)
 
 
 def load(file: str) -> Sequence[Captioned]:
@@ -35,6 +22,9 @@ def load(file: str) -> Sequence[Captioned]:
         CorpusError: no JSON, not COCO's layout, or annotations without captions (boxes, key points).
     """
     return _load(file, stamp(file))
+
+
+READER = CaptionReader(load)
 
 
 @functools.lru_cache(maxsize=2)

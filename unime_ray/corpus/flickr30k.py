@@ -17,11 +17,8 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from unime_ray.config import Source
-from unime_ray.corpus.captions import Captioned, cut_captions, read_captions, read_whole, stamp
+from unime_ray.corpus.captions import Captioned, CaptionReader, read_whole, stamp
 from unime_ray.corpus.coco import parse_object
-from unime_ray.corpus.records import Record, Reject
-from unime_ray.corpus.units import Unit
 from unime_ray.errors import CorpusError
 
 PICTURE_COLUMNS = ("image", "image_name", "filename")
@@ -32,16 +29,6 @@ Line = tuple[int, str | None, str]
 """Line number, picture or None if the line cannot be read, caption."""
 
 
-def cut(file: str, source: Source, rows_per_task: int) -> Iterator[Unit]:
-    """Units of whole pictures; `start` and `stop` count them from 0."""
-    return cut_captions(file, rows_per_task, load)
-
-
-def read(unit: Unit, source: Source) -> Iterator[Record | Reject]:
-    """The rows of a unit."""
-    return read_captions(unit, source, load)
-
-
 def load(file: str) -> Sequence[Captioned]:
     """Every picture of the file with its captions.
 
@@ -49,6 +36,9 @@ def load(file: str) -> Sequence[Captioned]:
         CorpusError: the file has none of the three layouts.
     """
     return _load(file, stamp(file))
+
+
+READER = CaptionReader(load)
 
 
 @functools.lru_cache(maxsize=2)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 
 import pyarrow as pa
 
 from unime_ray.config import CorpusConfig, Source
 from unime_ray.corpus import coco, csv, flickr30k, hf_dataset, jsonl, mmeb, parquet, unime_json, webdataset
+from unime_ray.corpus.captions import CaptionReader
 from unime_ray.corpus.files import corpus_root, shown_name, source_files
 from unime_ray.corpus.records import Record, Reject
 from unime_ray.corpus.units import STAGE, Unit
 from unime_ray.errors import CorpusError
 
-FORMATS = {
+FORMATS: dict[str, ModuleType | CaptionReader] = {
     "parquet": parquet,
     "jsonl": jsonl,
     "csv": csv,
@@ -28,10 +30,10 @@ FORMATS = {
     "mmeb_train": mmeb,
     "mmeb_eval": mmeb,
     "hf_dataset": hf_dataset,
-    "coco": coco,
-    "flickr30k": flickr30k,
+    "coco": coco.READER,
+    "flickr30k": flickr30k.READER,
 }
-"""Reader by `format`: a module with `cut` and `read`."""
+"""Reader by `format`: what has `cut` and `read`, a module or a `CaptionReader`."""
 
 
 def work_units(source: Source, rows_per_task: int) -> list[Unit]:
