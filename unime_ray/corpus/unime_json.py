@@ -19,16 +19,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from unime_ray.artifacts import Run, filesystem, join
+from unime_ray.artifacts import Run, filesystem
 from unime_ray.config import Source
 from unime_ray.corpus.files import folder_of, open_file
-from unime_ray.corpus.images import extension
 from unime_ray.corpus.payload import Item, PayloadStore
 from unime_ray.corpus.records import Record, Reject
 from unime_ray.corpus.rows import record_of, scores_of, sides_of
 from unime_ray.corpus.units import STAGE, Unit
+from unime_ray.corpus.writers import PictureFiles
 from unime_ray.errors import CorpusError, RejectedRow
-from unime_ray.ids import show
 
 READ_BYTES = 2**20
 MAX_OBJECT_CHARS = 2**26
@@ -175,13 +174,13 @@ def export_unime_json(run: Run, judge: str, out_dir: str | Path) -> int:
     store = PayloadStore(run.artifact("images").data_uri, run.artifact("items").data_uri)
     out = str(out_dir)
     target_fs, target = filesystem(out)
-    target_fs.create_dir(f"{target}/images", recursive=True)
+    target_fs.create_dir(target, recursive=True)
     fs, path = filesystem(table.data_uri)
-    written, rows, names = 0, pads.dataset(path, filesystem=fs, format="parquet"), _Pictures(out)
+    written, rows, pictures = 0, pads.dataset(path, filesystem=fs, format="parquet"), PictureFiles(out)
     with target_fs.open_output_stream(f"{target}/hard_negatives.json") as stream:
         stream.write(b"[")
         for batch in rows.to_batches(batch_size=EXPORT_ROWS):
-            for row in _export_rows(batch, store, names):
+            for row in _export_rows(batch, store, pictures):
                 stream.write(b",\n" if written else b"\n")
                 stream.write(json.dumps(row, ensure_ascii=False).encode())
                 written += 1
@@ -189,38 +188,23 @@ def export_unime_json(run: Run, judge: str, out_dir: str | Path) -> int:
     return written
 
 
-class _Pictures:
-    """Writes each picture once as images/<hash>.<extension> and says under which name."""
-
-    def __init__(self, out: str) -> None:
-        self._out = out
-        self._names: dict[bytes, str] = {}
-
-    def name(self, item: Item) -> str:
-        if item.image_id is None or item.image is None:
-            return ""
-        if item.image_id not in self._names:
-            name = f"images/{show(item.image_id)}.{extension(item.image)}"
-            fs, path = filesystem(join(self._out, name))
-            with fs.open_output_stream(path) as stream:
-                stream.write(item.image)
-            self._names[item.image_id] = name
-        return self._names[item.image_id]
-
-
-def _export_rows(batch: pa.RecordBatch, store: PayloadStore, names: _Pictures) -> Iterator[dict[str, Any]]:
+def _export_rows(batch: pa.RecordBatch, store: PayloadStore, pictures: PictureFiles) -> Iterator[dict[str, Any]]:
     rows = batch.to_pylist()
     ids = {row[key] for row in rows for key in ("query_id", "positive_id")}
     ids |= {negative for row in rows for negative in row["negative_ids"]}
     items = {item.item_id: item for item in store.items(sorted(ids))}
+
+    def name(item: Item) -> str:
+        return pictures.name(item.image, item.image_id) or ""
+
     for row in rows:
         query, positive = items[row["query_id"]], items[row["positive_id"]]
         yield {
             "query_text": query.rendered,
-            "query_image": names.name(query),
+            "query_image": name(query),
             "pos_text": positive.rendered,
-            "pos_image": names.name(positive),
+            "pos_image": name(positive),
             "query_pos_scores": row["positive_score"],
-            "hard_negatives": [[items[one].rendered, names.name(items[one])] for one in row["negative_ids"]],
+            "hard_negatives": [[items[one].rendered, name(items[one])] for one in row["negative_ids"]],
             "hard_negatives_scores": row["negative_scores"],
         }

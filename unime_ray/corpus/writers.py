@@ -107,16 +107,21 @@ class PictureFiles:
         self._out = out
         self._names: dict[bytes, str] = {}
 
-    def name(self, side: Side) -> str | None:
-        if not isinstance(side.image, bytes):
+    def of(self, side: Side) -> str | None:
+        """The name of a side's picture."""
+        return self.name(side.image) if isinstance(side.image, bytes) else None
+
+    def name(self, data: bytes | None, key: bytes | None = None) -> str | None:
+        """The name of a picture; `key` is its id, if that is known or not the hash of these bytes."""
+        if data is None:
             return None
-        key = image_id(side.image)
+        key = image_id(data) if key is None else key
         if key not in self._names:
-            name = f"images/{show(key)}.{extension(side.image)}"
+            name = f"images/{show(key)}.{extension(data)}"
             fs, path = filesystem(join(self._out, *name.split("/")))
             fs.create_dir(path.rpartition("/")[0], recursive=True)
             with fs.open_output_stream(path) as stream:
-                stream.write(side.image)
+                stream.write(data)
             self._names[key] = name
         return self._names[key]
 
@@ -191,7 +196,7 @@ class JsonlWriter(Writer):
         self._pictures = PictureFiles(out)
 
     def write(self, record: Record) -> None:
-        self._line(f"{record.role}.jsonl", row_of(record, self._pictures.name))
+        self._line(f"{record.role}.jsonl", row_of(record, self._pictures.of))
 
     def _line(self, name: str, row: dict[str, Any]) -> None:
         kept = {key: value for key, value in row.items() if value not in (None, [])}
@@ -213,7 +218,7 @@ class MmebWriter(JsonlWriter):
             )
             row: dict[str, Any] = {}
             for text, picture, side in sides:
-                row |= {text: fused(side), f"{picture}_image_path": self._pictures.name(side) or ""}
+                row |= {text: fused(side), f"{picture}_image_path": self._pictures.of(side) or ""}
             self._line(f"{split_file(record.split)}.jsonl", row | names)
 
 
@@ -226,11 +231,11 @@ class UnimeWriter(JsonlWriter):
         for positive in record.positives:
             row = {
                 "query_text": fused(query),
-                "query_image": self._pictures.name(query) or "",
+                "query_image": self._pictures.of(query) or "",
                 "pos_text": fused(positive),
-                "pos_image": self._pictures.name(positive) or "",
+                "pos_image": self._pictures.of(positive) or "",
                 "query_pos_scores": record.positive_score,
-                "hard_negatives": [[fused(side), self._pictures.name(side) or ""] for side in record.negatives],
+                "hard_negatives": [[fused(side), self._pictures.of(side) or ""] for side in record.negatives],
                 "hard_negatives_scores": list(record.negative_scores),
                 "dataset": record.dataset,
                 "split": record.split,
