@@ -101,6 +101,33 @@ def test_filters_do_not_fill_the_memory() -> None:
     assert len(catalog.search(vectors[:1], [2], [Wanted(dataset="d")])[0]) == 2
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "where"),
+    [
+        ("/v1/embeddings", {"model": "colors-embedder", "input": [1] * 100_000}, "input[0]"),
+        ("/v1/embeddings", {"model": "colors-embedder", "input": ["a"] * 100_000}, "input"),
+        ("/v1/rerank", {"query": "q", "documents": ["a", *[None] * 100_000]}, "documents[1]"),
+        ("/v1/search", {f"x{n}": n for n in range(100_000)}, "body"),
+        ("/v1/embeddings", {"model": "m", "input": [{f"x{n}": n for n in range(100_000)}]}, "input[0]"),
+        ("/v1/items", {"items": [{}] * 60_000 + [1] * 60_000}, None),
+        ("/v1/search", {"text": "x", "task": "t" * 5_000_000}, "task"),
+        ("/v1/search", {"text": "x", "filter": {"dataset": "t" * 5_000_000}}, "filter.dataset"),
+    ],
+)
+def test_a_request_full_of_errors_is_told_of_the_first(
+    bundle: Bundle, path: str, body: dict[str, object], where: str | None
+) -> None:
+    answer = api_client(bundle).post(path, json=body)
+    assert answer.elapsed.total_seconds() < 5 and len(answer.content) < 2000
+    assert problem(answer)[0] == 422 and where in (None, problem(answer)[1])
+
+
+@pytest.mark.parametrize("name", [".", "..", "..."])
+def test_no_item_is_called_by_dots_alone(bundle: Bundle, name: str) -> None:
+    api = api_client(bundle)
+    assert problem(api.post("/v1/items", json={"items": [{"id": name, "text": "x"}]}))[:2] == (422, "items[0].id")
+
+
 def test_nobody_sends_a_body_where_no_key_is_asked_for(bundle: Bundle) -> None:
     api = api_client(bundle)
     for path in ("/", "/health", "/openapi.json"):

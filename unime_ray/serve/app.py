@@ -61,7 +61,7 @@ STATE_MS = 2_000
 FOREVER = "private, max-age=31536000, immutable"
 ItemId = Annotated[str, Path(min_length=1, max_length=200)]
 QueryId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="`query_id` of a search's answer.")]
-Text = Annotated[str | None, Query(max_length=200)]
+Text = Annotated[str | None, Query(max_length=500)]
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,23 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, model_validator
 
 Kind = Literal["text", "image"]
+Name = Annotated[str, Field(max_length=500)]
+"""Of a model, a task, a dataset or a split."""
+MAX_LIST = 65_536
+"""Entries of any list; `serve.limits` says how many are taken. What is wrong is told of the first bad entry alone: a
+reason each for millions would be more than memory holds."""
+MAX_FIELDS = 50
 
 
 class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:  # each unknown one would be an error of its own
+            raise ValueError(f"{len(data)} fields, most of them unknown")
+        return data
 
 
 class Answer(BaseModel):
@@ -39,8 +52,8 @@ class ErrorAnswer(Answer):
 class Filter(Request):
     """Only items of this dataset, split and kind."""
 
-    dataset: str | None = None
-    split: str | None = None
+    dataset: Name | None = None
+    split: Name | None = None
     kind: Kind | None = Field(None, description="`image`: items with a picture; `text`: items without.")
 
 
@@ -48,7 +61,9 @@ class SearchRequest(Request):
     text: str | None = None
     image: str | None = Field(None, description="A picture as base64 or a data: URL.")
     instruction: str | None = Field(None, description="Put before the text; replaces the task's instruction.")
-    task: str | None = Field(None, description="One of the tasks in /v1/info (default: the first that fits the query).")
+    task: Name | None = Field(
+        None, description="One of the tasks in /v1/info (default: the first that fits the query)."
+    )
     k: Annotated[int, Field(ge=1)] | None = None
     rerank: bool = True
     filter: Filter = Field(default_factory=lambda: Filter.model_validate({}))
@@ -155,9 +170,12 @@ class ContentInput(Request):
         return self
 
 
+Contents = Annotated[list[StrictStr | ContentInput], Field(max_length=MAX_LIST, fail_fast=True)]
+
+
 class EmbeddingsRequest(Request):
-    input: StrictStr | ContentInput | list[StrictStr | ContentInput]
-    model: str
+    input: StrictStr | ContentInput | Contents
+    model: Name
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = Field(None, description="Keep the first so many, renormalised.")
     user: str | None = None
@@ -187,8 +205,8 @@ class EmbeddingsAnswer(Answer):
 
 class RerankRequest(Request):
     query: StrictStr | ContentInput
-    documents: list[StrictStr | ContentInput]
-    model: str | None = None
+    documents: Contents
+    model: Name | None = None
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = False
     max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = Field(None, description="Accepted; documents stay whole.")
@@ -214,8 +232,12 @@ class RerankAnswer(Answer):
 # --- items ------------------------------------------------------------------------------------------------------------
 
 
+ITEM_ID = r"^\.*[\w:@+-][\w.:@+-]*$"
+"""Not of dots alone: in an address `..` is the folder above."""
+
+
 class ItemWrite(Request):
-    id: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:@+-]+$")] | None = Field(
+    id: Annotated[str, Field(min_length=1, max_length=200, pattern=ITEM_ID)] | None = Field(
         None, description="Default: the hash of the content. Writing an id that is there replaces it."
     )
     text: str | None = None
@@ -226,7 +248,7 @@ class ItemWrite(Request):
 
 
 class ItemsWriteRequest(Request):
-    items: Annotated[list[ItemWrite], Field(min_length=1)]
+    items: Annotated[list[ItemWrite], Field(min_length=1, max_length=MAX_LIST, fail_fast=True)]
     deadline_ms: Annotated[int, Field(ge=1)] | None = None
 
 
