@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from unime_ray import __version__
 from unime_ray.artifacts import Manifest, Run
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Adapt multimodal retrieval to your own corpus: mine, judge, train, measure, on Ray.",
 )
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)  # names of a corpus are no styles
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A YAML file, or the name of a preset.")]
 SetOption = Annotated[list[str], typer.Option("--set", "-s", help="Override a value: --set embed.batch_tokens=4096")]
@@ -110,7 +111,7 @@ def _execute(config: str, overrides: list[str], stage: str | None, name: str | N
     try:
         with connected():
             for number, step in enumerate(steps, 1):
-                console.print(f"[bold]\\[{number}/{len(steps)}] {step.title}[/bold]")
+                console.print(f"[{number}/{len(steps)}] {step.title}", style="bold")
                 clock = time.monotonic()
                 manifest = step.run()
                 console.print(_summary(manifest, time.monotonic() - clock))
@@ -135,7 +136,7 @@ def _show_results(run: Run) -> None:
         render_results(run, console)
     report = run.artifact("report")
     if report.manifest() is not None:
-        console.print(f"report: [bold]{report.child('report.html')}[/bold]", soft_wrap=True)
+        console.print("report:", Text(report.child("report.html"), style="bold"), soft_wrap=True)
 
 
 @app.command("run")

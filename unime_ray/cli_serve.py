@@ -21,7 +21,7 @@ from unime_ray.serve.client import Client
 
 DEFAULT = "run"
 BATCH = 64
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
 PortOption = Annotated[int, typer.Option(help="Port to listen on.")]
 ServerOption = Annotated[str, typer.Option("--server", help="Where the server answers.")]

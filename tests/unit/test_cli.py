@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from unime_ray.cli import main
@@ -49,6 +51,20 @@ def test_a_corpus_that_is_not_there_is_named(tmp_path, capsys):
     code, err = _fails(["validate", "--config", str(path)], capsys)
     assert code == 2
     assert "no.jsonl" in err
+
+
+def test_what_a_corpus_calls_its_datasets_is_printed_as_it_is(tmp_path, capsys):
+    """`[/x]` would end the command, and `[red]` vanish, if names were read as markup."""
+    rows = [{"query_text": "q", "pos_text": "p", "dataset": name} for name in ("[/x]", "[red]", "plain")]
+    rows.append({"query_text": "q", "pos_text": "p", "negatives": [["[/a]", "b", "c"]]})
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "c.yaml"
+    path.write_text(f"run: {tmp_path}/run\ncorpus: {{sources: [{{format: jsonl, path: {tmp_path}/c.jsonl}}]}}\n")
+    with pytest.raises(SystemExit) as done:
+        main(["validate", "--config", str(path), "--set", "corpus.max_error_rate=0.5"])
+    shown = capsys.readouterr().out
+    assert done.value.code in (0, None)
+    assert all(name in shown for name in ("[/x]", "[red]", "a [text, picture] pair"))
 
 
 def test_importing_the_package_imports_neither_torch_nor_ray():

@@ -38,6 +38,7 @@ def staged(folder: Path, name: str, fmt: str = "jsonl") -> tuple[int, list[str]]
     [
         ({"id": "\ud800"}, "'id' holds half a surrogate pair at character 0"),
         ({"split": "te\ud800st"}, "'split' holds half a surrogate pair at character 2"),
+        ({"split": "a\x1b[2Jb"}, "'split' holds a control character"),
         ({"dataset": "mean"}, "a dataset called 'mean'"),
         ({"dataset": "d" * 501}, "'dataset' has 501 characters; a name may have 500"),
         ({"pos_image": "\ud800.png"}, "picture's name holds half a surrogate pair"),
@@ -179,7 +180,7 @@ def test_a_picture_named_often_is_read_once(tmp_path: Path, tiny_pictures: dict[
 
 # --- written corpora --------------------------------------------------------------------------------------------------
 
-SPLITS = ("train", "../../out", "/abs", "a/b", "..", ".hidden", "_x", "rejects", "a\0b", "x" * 400, "Ünï", "split-1")
+SPLITS = ("train", "../../out", "/abs", "a/b", "..", ".hidden", "_x", "rejects", "x" * 400, "Ünï", "split-1")
 
 
 @pytest.mark.parametrize("fmt", ["mmeb_train", "unime_json"])

@@ -5,6 +5,7 @@ Nothing is opened here: values are checked for their types and laid out, picture
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ MAX_NAME_CHARS = 500
 """Of an id, a dataset's or a split's name."""
 LARGEST = 3.4e38
 """What float32, as which numbers are stored, still holds."""
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""A terminal would obey them, and a name is printed in many places."""
 
 MakeRecord = Callable[[Mapping[str, Any], int, Source, str], Record]
 """How a format makes a record: (row, its number from 1, source, file); raises RejectedRow. See `record_of`."""
@@ -191,6 +195,14 @@ def _image(value: Any, name: str | None, root: str) -> bytes | str | None:
 
 
 def _name(row: Mapping[str, Any], name: str | None) -> str | None:
+    """What a dataset or a split is called."""
+    value = _label(row, name)
+    if CONTROL.search(value or ""):
+        raise RejectedRow(f"{name!r} holds a control character")
+    return value
+
+
+def _label(row: Mapping[str, Any], name: str | None) -> str | None:
     value = _text(_value(row, name), name)
     if value is not None and len(value) > MAX_NAME_CHARS:
         raise RejectedRow(f"{name!r} has {len(value)} characters; a name may have {MAX_NAME_CHARS}")
@@ -202,7 +214,7 @@ def _row_id(row: Mapping[str, Any], name: str | None) -> str | None:
     value = _value(row, name)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _name(row, name)
+    return _label(row, name)
 
 
 def _number(value: Any, name: str) -> float:

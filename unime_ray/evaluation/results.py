@@ -62,7 +62,8 @@ def markdown_results(run: Run, metric: str) -> str:
     for row in rows:
         cells = [_cell(row["arms"].get(arm["name"])).plain.replace("\n", " (") for arm in arms]
         cells = [cell + ")" if "(" in cell else cell for cell in cells]
-        lines.append("| " + " | ".join([row["dataset"], str(row["queries"]), *cells]) + " |")
+        name = row["dataset"].replace("|", "\\|")
+        lines.append("| " + " | ".join([name, str(row["queries"]), *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -76,7 +77,7 @@ def _table(rows: list[dict[str, Any]], arms: list[dict[str, Any]], metric: str) 
         if row["dataset"] == MEAN:
             table.add_section()
         cells = [_cell(row["arms"].get(arm["name"])) for arm in arms]
-        table.add_row(row["dataset"], str(row["queries"]), *cells, style="bold" if row["dataset"] == MEAN else "")
+        table.add_row(Text(row["dataset"]), str(row["queries"]), *cells, style="bold" if row["dataset"] == MEAN else "")
     return table
 
 
