@@ -30,7 +30,7 @@ from unime_ray.config_train import EmbedderConfig, RerankerConfig, TrainConfig
 from unime_ray.config_train import LoraConfig as LoraConfig
 from unime_ray.config_vllm import VllmConfig
 from unime_ray.errors import ConfigError
-from unime_ray.sections import Count, PixelBudget, Positive, Resources, Section
+from unime_ray.sections import Count, PixelBudget, Positive, Resources, Section, Seed
 
 NAMED_SECTIONS = ("judges", "teachers", "embedders", "rerankers")
 NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -84,7 +84,7 @@ class SelectConfig(Section):
     cycle: Count = 5
     fallback: Literal["skip", "published"] = "skip"
     """No candidate left: `skip` leaves the query out; `published` takes random candidates with score 1.0."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class EvaluateConfig(Section):
@@ -98,7 +98,7 @@ class EvaluateConfig(Section):
     reranker: Literal["listwise", "pointwise"] = "listwise"
     truth: str | None = None
     """Folder with a truth table: the judge is then measured against it in the report."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class RunConfig(Section):
@@ -267,7 +267,15 @@ def _parse(source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: a config is a mapping of sections, not {type(data).__name__}")
-    return data
+    return _unshared(data)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no mapping stands twice: a YAML anchor puts one under several names, and overriding a value of
+    one section must not change it in another."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -279,7 +287,14 @@ def _override(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
-    data[last] = yaml.safe_load(value)
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: {value!r} is not valid YAML; quote it") from error
+    if found is None and parents and parents[-1] in NAMED_SECTIONS:
+        data.pop(last, None)
+    else:
+        data[last] = found
 
 
 def _explain(error: ValidationError) -> str:

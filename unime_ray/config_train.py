@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from unime_ray.config_loss import LossSettings
-from unime_ray.sections import Count, Fraction, PixelBudget, Positive, Section
+from unime_ray.sections import Count, Fraction, PixelBudget, Positive, Section, Seed
 
 
 class LoraConfig(Section):
@@ -65,7 +65,7 @@ class TrainConfig(Section):
     wandb_project: str = "unime-ray"
     wandb_mode: Literal["offline", "online"] = "offline"
     """`offline` writes files for `wandb sync`; `online` needs WANDB_API_KEY on the workers."""
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def least_workers(self) -> int:

@@ -50,6 +50,7 @@ def test_every_preset_loads_and_round_trips(name):
         ("embedders: {a: {matryoshka_dims: [64, 32]}}", "must ascend"),
         ("embedders: {a: {matryoshka_dims: [32, 64], matryoshka_weights: [1]}}", "1 matryoshka_weights for 2"),
         ("judges: {tiny: {}}\nembedders: {e: {judge: tny}}", "did you mean 'tiny'"),
+        ("embedders: {a: {seed: -1}}", "embedders.a.seed: Input should be greater than or equal to 0"),
         ("- a list", "mapping"),
         ("a: [", "not valid YAML"),
     ],
@@ -75,7 +76,21 @@ def test_overrides_are_yaml_and_reach_lists_of_names():
     assert config.evaluate.ks == (1, 3)
 
 
-@pytest.mark.parametrize("override", ["novalue", "=3", "run.deeper=3"])
+def test_an_override_changes_one_section_alone(tmp_path):
+    """Though an anchor of the file gave several sections the same mapping."""
+    path = tmp_path / "c.yaml"
+    path.write_text("embedders: {a: &a {lora: {rank: 8}}, b: {<<: *a}}")
+    for source, others in ((str(path), {"b": 8}), ("demo", {"unime_v2": 16, "unime_v2_oracle": 16})):
+        changed = "a" if source != "demo" else "infonce"
+        found = load_config(source, (f"embedders.{changed}.lora.rank=4",)).embedders
+        assert {name: section.lora.rank for name, section in found.items()} == {changed: 4} | others
+
+
+def test_an_override_takes_a_section_out():
+    assert list(load_config("demo", ("embedders.infonce=null",)).embedders) == ["unime_v2", "unime_v2_oracle"]
+
+
+@pytest.mark.parametrize("override", ["novalue", "=3", "run.deeper=3", "run=["])
 def test_bad_overrides(override):
     with pytest.raises(ConfigError, match="--set"):
         load_config("demo", (override,))

@@ -105,7 +105,7 @@ class Stepper:
 
     def seed(self, step: int, micro: int) -> None:
         """Seed the random numbers (dropout) of one forward pass."""
-        entropy = [abs(self.config.seed), step, self.rank, micro]
+        entropy = [self.config.seed, step, self.rank, micro]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint32)[0]))
 
     def level(self, objective: Objective[Any], batch: StepBatch[Any]) -> StepBatch[Any]:

@@ -71,7 +71,7 @@ def ranking_task(example: Example, step: int, config: RerankerConfig) -> Ranking
     The list holds c+ and the top x of the negatives by judge score, x + 1 uniform in 2..max_list_length (less where
     there are fewer distinct negatives), the negatives in that order with c+ inserted at a random slot.
     """
-    rng = np.random.default_rng([abs(config.seed), step, example.row])
+    rng = np.random.default_rng([config.seed, step, example.row])
     scored = dict(zip(example.negative_ids, example.negative_scores, strict=True))
     hardest = sorted(scored, key=lambda identifier: (-scored[identifier], identifier))
     shown = hardest[: int(rng.integers(2, config.max_list_length + 1)) - 1]

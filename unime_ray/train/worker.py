@@ -97,7 +97,7 @@ def _adapted(job: TrainingJob, config: TrainConfig, device: torch.device) -> tup
     backbone = Backbone.load(
         local_folder(job.model), revision=job.revision, dtype=dtype, device=device, pixels=job.pixels
     )
-    torch.manual_seed(abs(config.seed))
+    torch.manual_seed(config.seed)
     return backbone, apply_lora(backbone.model, config.lora)
 
 
