@@ -7,12 +7,14 @@ same command starts Ray Train under the same name and storage, where it finds th
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import pyarrow.fs as pafs
 import ray
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
@@ -40,6 +42,8 @@ NOT_LEARNING = (
 )  # fmt: skip
 """Settings that change how fast or how safely a model is trained, but not which: no reason to train it again."""
 Section = TypeVar("Section", bound=TrainConfig)
+
+log = logging.getLogger(__name__)
 
 
 def section_of(sections: Mapping[str, Section], name: str, kind: str) -> Section:
@@ -182,6 +186,7 @@ def _trainer(
     fs, path = filesystem(artifact.uri)
     _drop_unusable_snapshot(artifact)
     alone = not ray._private.worker.get_dashboard_url()
+    check_room(section, ray.cluster_resources(), can_grow=not alone)
     if alone:
         # Nobody reclaims the nodes of a local cluster; spare it the process that watches for that.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -211,19 +216,47 @@ def _trainer(
     )
 
 
+def check_room(section: TrainConfig, cluster: Mapping[str, float], can_grow: bool) -> None:
+    """Ray Train waits without end for workers that have no room. On a cluster that cannot grow that is an error, on
+    another one a warning.
+
+    Args:
+        cluster: all its resources, `CPU` and `GPU` among them, whether they are free or not.
+
+    Raises:
+        ConfigError: the fewest workers asked for do not fit.
+    """
+    least = section.least_workers
+    needed = {"CPU": least * section.cpus_per_worker} | ({"GPU": float(least)} if section.use_gpu else {})
+    for name, amount in needed.items():
+        if amount > cluster.get(name, 0.0):
+            found = f"{least} training workers need {amount:g} {name}s, the cluster has {cluster.get(name, 0.0):g}"
+            if not can_grow:
+                raise ConfigError(f"{found}; lower num_workers or cpus_per_worker, or set use_gpu: false")
+            log.warning("%s: waiting until it grows", found)
+
+
 def _drop_unusable_snapshot(artifact: Artifact) -> None:
     """Ray Train writes its list of checkpoints in place: a kill in that moment, or another Ray version, leaves one it
-    cannot read. Training then starts over, which costs time but not correctness."""
+    cannot read, and a run folder that was copied in part one whose checkpoints are not there. Training then starts
+    over, which costs time but not correctness."""
     folder = artifact.child(CHECKPOINTS)
     text = read_text(join(folder, SNAPSHOT))
-    if text is None:
-        return
-    try:
-        usable = json.loads(text).get("ray_version") == ray.__version__
-    except json.JSONDecodeError:
-        usable = False
-    if not usable:
+    if text is not None and not _is_usable(text, folder):
         remove(folder)
+
+
+def _is_usable(snapshot: str, folder: str) -> bool:
+    try:
+        found = json.loads(snapshot)
+    except json.JSONDecodeError:
+        return False
+    if found.get("ray_version") != ray.__version__:
+        return False
+    fs, path = filesystem(folder)
+    names = [result["checkpoint_dir_name"] for result in found["checkpoint_results"]]
+    infos = fs.get_file_info([f"{path}/{name}" for name in names])
+    return all(info.type == pafs.FileType.Directory for info in infos)
 
 
 def _own_error(error: Exception) -> UnimeError:
