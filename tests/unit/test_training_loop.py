@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lance
+import pyarrow as pa
 import pytest
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from tests.distributed.scene import SECTION, build_scene, gradients, job_of, ste
 from unime_ray.artifacts import Run
 from unime_ray.config import EmbedderConfig, TrainConfig
 from unime_ray.errors import ArtifactError, TrainingError
+from unime_ray.schemas import IMAGES
 from unime_ray.train import embedder_objective, worker
 from unime_ray.train.checkpoint import FILE, load_checkpoint, save_checkpoint
 from unime_ray.train.log import StepLog, read_log
@@ -83,15 +86,26 @@ def test_a_gradient_that_is_not_finite_stops_training(scene, tmp_path):
         training.run(StepLog(str(tmp_path / "log.jsonl"), 0))
 
 
-def test_a_payload_that_is_gone_is_named(tmp_path):
+@pytest.mark.parametrize("table", ["items", "images"])
+def test_a_payload_that_is_gone_is_named(tmp_path, table):
     build_scene(tmp_path)
-    items = Run(str(tmp_path / "run")).artifact("items").data_uri
-    import lance
-
-    lance.dataset(items).delete("text = 'query number 3'")
+    uri = Run(str(tmp_path / "run")).artifact(table).data_uri
+    rows = lance.dataset(uri).to_table()
+    gone = rows.column(f"{table[:-1]}_id")[0].as_py()
+    lance.write_dataset(rows.slice(1), uri, mode="overwrite")
     training = Training(tmp_path, batch_queries=14)
-    with pytest.raises(ArtifactError, match="no row with id [0-9a-f]{32}"):
+    with pytest.raises(ArtifactError, match=f"{table}/data.lance: no row with id {gone.hex()}"):
         training.run(StepLog(str(tmp_path / "log.jsonl"), 0))
+
+
+def test_a_picture_that_does_not_decode_names_its_item(tmp_path):
+    build_scene(tmp_path)
+    uri = Run(str(tmp_path / "run")).artifact("images").data_uri
+    rows = lance.dataset(uri).to_table().to_pylist()
+    broken = [row | {"bytes": row["bytes"][:40]} for row in rows]
+    lance.write_dataset(pa.Table.from_pylist(broken, schema=IMAGES), uri, mode="overwrite")
+    with pytest.raises(TrainingError, match="item [0-9a-f]{32} cannot be trained on: .*; leave it out of the corpus"):
+        Training(tmp_path, batch_queries=14).run(StepLog(str(tmp_path / "log.jsonl"), 0))
 
 
 def linear(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
