@@ -4,7 +4,8 @@
 
 The first queries of each kind (text, picture) in the run's `candidates`; every pair is judged in both orders,
 in batches of `--batch` neighbouring queries as the stage takes them, the two orders in turn. AUC is against the truth
-table: `all` counts declared positives, `mined` only what retrieval found. Time is CPU time, picture features kept.
+table: `all` counts declared positives, `mined` only what retrieval found (a dash: nothing relevant in it). Time is CPU
+time, picture features kept.
 """
 
 from __future__ import annotations
@@ -31,14 +32,27 @@ ORDERS = ("query_first", "candidate_first")
 Rows = list[dict[str, Any]]
 
 
-def by_kind(run: Run, store: PayloadStore, count: int) -> dict[str, Rows]:
-    """The first `count` rows of `candidates` for each kind of query."""
+def by_kind(run: Run, store: PayloadStore) -> dict[str, Rows]:
+    """The rows of `candidates` for each kind of query."""
     rows = run.artifact("candidates", "base").read().to_pylist()
     queries = {item.item_id: item for item in store.items([row["query_id"] for row in rows], pictures=False)}
     kinds: dict[str, Rows] = defaultdict(list)
     for row in rows:
         kinds["text query" if queries[row["query_id"]].image_id is None else "picture query"].append(row)
-    return {kind: found[:count] for kind, found in kinds.items()}
+    return kinds
+
+
+def print_reuse(store: PayloadStore, kind: str, rows: Rows, batch: int) -> None:
+    """How often a candidate's picture comes back, in the whole run and among queries judged together."""
+    told = []
+    for part in (rows, rows[:batch]):
+        ids = [item for row in part for item in dict.fromkeys([*row["positive_ids"], *row["candidate_ids"]])]
+        found = {item.item_id: item.image_id for item in store.items(sorted(set(ids)), pictures=False)}
+        shown = [found[item] for item in ids if found[item] is not None]
+        different = len(set(shown))
+        told.append(f"{len(part):,} queries: {len(ids):,} pairs, {different:,} different candidate pictures"
+                    + (f" ({len(shown) / different:.2f} pairs each)" if different else ""))  # fmt: skip
+    print(f"{kind}: " + "; of these the first ".join(told))
 
 
 def judge_all(judge: TransformersJudge, store: PayloadStore, rows: Rows) -> tuple[list[dict[str, Any]], float]:
@@ -73,9 +87,13 @@ def main() -> None:
     concepts = concepts_of(run, truth)
     backbones = {order: Backbone.load(options.judge, dtype=options.dtype) for order in ORDERS}
     judges = {order: TransformersJudge(backbone, prompt_order=order) for order, backbone in backbones.items()}
+    kinds = by_kind(run, store)
+    for kind, rows in kinds.items():
+        print_reuse(store, kind, rows, options.batch)
     print(f"{options.judge}, {options.run}\n{'':<32}{'pairs':>8}{'pairs/s':>10}{'tokens saved':>14}"
           f"{'AUC all':>9}{'mined':>8}{'mean |difference|':>19}")  # fmt: skip
-    for kind, rows in by_kind(run, store, options.queries).items():
+    for kind, rows in kinds.items():
+        rows = rows[: options.queries]
         found: dict[str, list[dict[str, Any]]] = {order: [] for order in ORDERS}
         seconds = dict.fromkeys(ORDERS, 0.0)
         before = {order: (judge.usage.prompt_tokens, judge.usage.computed_tokens) for order, judge in judges.items()}
@@ -92,9 +110,9 @@ def main() -> None:
                 (judges[order].usage.prompt_tokens, judges[order].usage.computed_tokens), before[order], strict=True
             ))  # fmt: skip
             apart = np.abs(scores[order] - scores["query_first"]).mean()
+            aucs = ["-" if quality[name] is None else f"{quality[name]:.3f}" for name in ("auc", "hidden_auc")]
             print(f"{kind + ', ' + order:<32}{len(lines):>8,}{len(lines) / seconds[order]:>10.0f}"
-                  f"{1 - computed / tokens:>14.0%}{quality['auc']:>9.3f}{quality['hidden_auc']:>8.3f}"
-                  f"{apart:>19.3f}", flush=True)  # fmt: skip
+                  f"{1 - computed / tokens:>14.0%}{aucs[0]:>9}{aucs[1]:>8}{apart:>19.3f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
