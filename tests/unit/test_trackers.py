@@ -65,29 +65,43 @@ def test_tensorboard_has_each_step_once_also_after_a_resume(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_wandb_offline_leaves_a_run_to_sync(tmp_path: Path) -> None:
+def test_wandb_offline_leaves_a_run_to_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole when `Trackers` end, on an object store too, whose copy is all that remains: wandb's service writes the
+    file after `finish` has returned, now and then."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
-    with Trackers(str(tmp_path), config("wandb"), 0) as trackers:
-        for step in (1, 2, 3):
-            trackers.log(line(step, loss=0.5 * step))
-    (written,) = (tmp_path / FOLDER).glob("wandb/offline-run-*/*.wandb")
-    losses = []
-    for data in records_of(written.read_bytes()):
-        history = Record.FromString(data).history
-        items = {item.key or "/".join(item.nested_key): item.value_json for item in history.item}
-        if "train/loss" in items:
-            losses.append((history.step.num, float(items["train/loss"])))
-    assert losses == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    as_object_store(tmp_path, monkeypatch)
+    steps, wait, copy = [], wandb.teardown, Trackers.sync
+    monkeypatch.setattr(wandb, "teardown", lambda: (wait(), steps.append("waited")))
+    monkeypatch.setattr(Trackers, "sync", lambda self: (copy(self), steps.append("copied")))
+    for name in ("one", "two"):
+        with Trackers(f"s3://bucket/{name}", config("wandb"), 0) as trackers:
+            for step in (1, 2, 3):
+                trackers.log(line(step, loss=0.5 * step))
+        (written,) = (tmp_path / name / FOLDER).glob("wandb/offline-run-*/*.wandb")
+        losses = []
+        for data in records_of(written.read_bytes()):
+            history = Record.FromString(data).history
+            items = {item.key or "/".join(item.nested_key): item.value_json for item in history.item}
+            if "train/loss" in items:
+                losses.append((history.step.num, float(items["train/loss"])))
+        assert losses == [(1, 0.5), (2, 1.0), (3, 1.5)], name
+    assert steps == ["waited", "copied"] * 2
 
 
-def test_on_an_object_store_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def as_object_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses `s3://bucket/...` are kept in `folder`, by a file system that is not the local one."""
     import pyarrow.fs as pafs
 
     from unime_ray.train import trackers as module
 
-    store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    monkeypatch.setattr(module, "filesystem", lambda uri: (store, "model/trackers"))
+    store = pafs.SubTreeFileSystem(str(folder), pafs.LocalFileSystem())
+    monkeypatch.setattr(module, "filesystem", lambda uri: (store, uri.removeprefix("s3://bucket/")))
+
+
+def test_on_an_object_store_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_object_store(tmp_path, monkeypatch)
     with Trackers("s3://bucket/model", config("tensorboard"), 0) as trackers:
         trackers.log(line(1, 0.5))
         trackers.sync()

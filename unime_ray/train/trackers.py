@@ -44,6 +44,8 @@ class Trackers:
     def __exit__(self, *_: object) -> None:
         for tracker in self._trackers:
             tracker.finish()
+            if isinstance(tracker, WandBTracker):
+                _wait_for_wandb()
         self.sync()
         if not self._local:
             shutil.rmtree(self.folder)
@@ -60,6 +62,13 @@ class Trackers:
             fs, path = self._target
             fs.create_dir(path, recursive=True)
             pafs.copy_files(str(self.folder), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+
+
+def _wait_for_wandb() -> None:
+    """Its service writes the run's file, and is not done when `finish` returns: what was copied then would be empty."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _start(name: str, folder: Path, artifact_uri: str, config: TrainConfig, start: int) -> GeneralTracker:
