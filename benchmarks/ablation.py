@@ -76,7 +76,8 @@ def _wanted(arm: Arm, options: argparse.Namespace) -> bool:
 def _lab(out: Path, options: argparse.Namespace, wanted: Sequence[Arm]) -> Lab:
     """The mined run (made unless it is there) and the judges that have judged it."""
     config = resolve_demo(load_config("demo", [f"run={out / 'run'}"]))
-    config = config.model_copy(update={"judges": _judges(config)})
+    every_query = config.evaluate.model_copy(update={"max_queries": None})
+    config = config.model_copy(update={"judges": _judges(config), "evaluate": every_query})
     run = Run(config.run)
     mine(run, config, [name for name in config.judges if any(arm.judge == name for arm in wanted)])
     return Lab(run, config, out, options.threads)
@@ -90,7 +91,7 @@ def _judges(config: RunConfig) -> dict[str, JudgeConfig]:
 
 
 def tune(lab: Lab, wanted: Sequence[Arm], options: argparse.Namespace) -> dict[str, float]:
-    """The learning rate of each family of arms: the best mean hit@1 over the dev sets, first seed."""
+    """The learning rate of each family of arms: the best mean hit@1 over the dev sets of the adaptation artist, first seed."""
     by_name = {arm.name: arm for arm in arms()}
     rates: dict[str, float] = {}
     for family in dict.fromkeys(arm.tuned_as for arm in wanted if arm.name != BASE and arm.rerank is None):

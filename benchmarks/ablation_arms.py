@@ -9,15 +9,15 @@ from typing import Any, Literal
 from unime_ray.config import EmbedderConfig, RerankerConfig, SelectConfig
 
 BASE, INFONCE = "base", "infonce"
-LEARNING_RATES = (3e-4, 8e-4)
+LEARNING_RATES = (3e-4, 8e-4, 1.5e-3)
 """Tried on dev for every family of arms with the first seed. The same for all."""
 
 RECIPE: dict[str, Any] = {
-    "steps": 40,
+    "steps": 80,
     "batch_queries": 32,
     "micro_batch_queries": 32,
     "learning_rate": 3e-4,
-    "warmup_steps": 4,
+    "warmup_steps": 8,
     "temperature": 0.05,
     "lora": {"rank": 16, "alpha": 32, "train_vision": True},
 }

@@ -1,6 +1,7 @@
 """The ablation's tables and plots from its result files: paired differences over queries and seeds, and small SVGs.
 
-An arm's value is the mean over test sets (unweighted) of the mean over seeds and queries. A difference is taken query
+An arm's value is the mean over the test sets of the artist adapted to (unweighted) of the mean over seeds and queries;
+the tests of another artist stand beside it, for what adaptation costs elsewhere. A difference is taken query
 by query and seed by seed against another arm; its 95 % interval comes from resampling queries (within each test set)
 and seeds together. With one seed only queries are resampled, so such an interval is too narrow; the table says so.
 
@@ -23,7 +24,8 @@ from ablation_plots import Point, dots_with_intervals, scatter
 
 SAMPLES = 2000
 METRICS = ("hit@1", "mrr")
-SETS = ("artist", "concepts", "compositions")
+ADAPTED, ELSEWHERE = ("queries", "concepts", "compositions"), ("artist",)
+"""Kinds of test sets: what adaptation is for, and what it may cost."""
 GROUPS = {
     "losses": "Losses and negatives",
     "judges": "Judges",
@@ -46,17 +48,21 @@ class Result:
     def seeds(self) -> int:
         return len(self.facts)
 
-    def mean(self, metric: str, test: str = "") -> float:
-        """In percent; `test` is part of the test set's name."""
-        found = [values.mean() for name, values in self.values[metric].items() if test in name]
+    def mean(self, metric: str, kinds: Sequence[str] = ADAPTED) -> float:
+        """In percent, over the test sets of these kinds."""
+        found = [values.mean() for name, values in self.values[metric].items() if of_kind(name, kinds)]
         return 100 * float(np.mean(found))
 
 
-def mean_hit(table: pa.Table) -> float:
-    """Mean hit@1 over test sets, unweighted."""
+def of_kind(dataset: str, kinds: Sequence[str]) -> bool:
+    return dataset.rpartition("_")[2] in kinds
+
+
+def mean_hit(table: pa.Table, kinds: Sequence[str] = ADAPTED) -> float:
+    """Mean hit@1 over the test sets of these kinds, unweighted."""
     names = np.array(table["dataset"].to_pylist())
     hits = table["hit@1"].to_numpy()
-    return float(np.mean([hits[names == name].mean() for name in np.unique(names)]))
+    return float(np.mean([hits[names == name].mean() for name in np.unique(names) if of_kind(name, kinds)]))
 
 
 def load_results(out: Path, arms: Sequence[Arm]) -> dict[str, Result]:
@@ -91,14 +97,14 @@ class Gain:
         return f"{self.value:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
 
 
-def gain(a: Result, b: Result, metric: str = "hit@1", test: str = "") -> Gain:
-    """`a` minus `b` over the test sets whose name holds `test`, seed by seed (base has one, the same for all)."""
+def gain(a: Result, b: Result, metric: str = "hit@1", kinds: Sequence[str] = ADAPTED) -> Gain:
+    """`a` minus `b` over the test sets of these kinds, seed by seed (base has one, the same for all)."""
     rng = np.random.default_rng(0)
     seeds = max(a.seeds, b.seeds) if BASE in (a.arm.name, b.arm.name) else min(a.seeds, b.seeds)
     drawn_BS = rng.multinomial(seeds, [1 / seeds] * seeds, SAMPLES) / seeds
     values, samples = [], []
     for name in a.values[metric]:
-        if test not in name:
+        if not of_kind(name, kinds):
             continue
         delta_SQ = _seeds(a.values[metric][name], seeds) - _seeds(b.values[metric][name], seeds)
         queries = delta_SQ.shape[1]
@@ -113,13 +119,29 @@ def _seeds(values_SQ: np.ndarray, seeds: int) -> np.ndarray:
     return np.repeat(values_SQ, seeds, axis=0) if len(values_SQ) == 1 else values_SQ[:seeds]
 
 
+def dev_table(out: Path) -> list[str]:
+    """hit@1 of the rates tried on dev: the mean, and in brackets the mean over tests of another artist."""
+    found: dict[str, dict[float, str]] = {}
+    for path in sorted((out / "dev").glob("*.parquet")):
+        table = pq.read_table(path)
+        facts = json.loads(table.schema.metadata[b"facts"])
+        cell = f"{100 * mean_hit(table):.1f} ({100 * mean_hit(table, ELSEWHERE):.1f})"
+        found.setdefault(facts["arm"], {})[facts["learning_rate"]] = cell
+    rates = sorted({rate for cells in found.values() for rate in cells})
+    lines = ["| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
+    return lines + [
+        f"| `{arm}` | " + " | ".join(cells.get(rate, "") for rate in rates) + " |" for arm, cells in found.items()
+    ]
+
+
 def write_report(out: Path, arms: Sequence[Arm]) -> None:
     """`table.md`, `losses.svg` and `judges.svg` in `out`."""
     results = load_results(out, arms)
     if BASE not in results or INFONCE not in results:
         print(f"no report yet: it needs the arms {BASE} and {INFONCE}")
         return
-    (out / "table.md").write_text("\n".join(_tables(results)) + "\n", encoding="utf-8")
+    dev = ["### Rates tried on dev", "", *dev_table(out), ""]
+    (out / "table.md").write_text("\n".join([*_tables(results), *dev]) + "\n", encoding="utf-8")
     losses = [result for result in results.values() if result.arm.group == "losses" and result.arm.name != BASE]
     points = [_point(result, results[BASE]) for result in losses]
     (out / "losses.svg").write_text(dots_with_intervals(points, "hit@1 gained over base, points"), encoding="utf-8")
@@ -162,15 +184,16 @@ def _tables(results: dict[str, Result]) -> list[str]:
 
 def _table(members: Sequence[Result], results: dict[str, Result]) -> list[str]:
     judged = members[0].arm.group == "judges"
-    heads = ["arm", "what", "seeds", "lr", "items", *SETS, "mean", "- base", "- infonce"]
+    heads = ["arm", "what", "seeds", "lr", "items", *ADAPTED, "mean", "- base", "- infonce", *ELSEWHERE, "- base"]
     heads[5:5] = ["judge's AUC", "filter: precision, recall"] if judged else []
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for result in members:
         facts = result.facts[0]
         cells = [f"`{result.arm.name}`", result.arm.what, str(result.seeds), _rate(facts), f"{facts.get('items', 0):,}"]
         cells += _judge_cells(facts["judge"]) if judged else []
-        cells += [f"{result.mean('hit@1', test):.1f}" for test in SETS] + [f"{result.mean('hit@1'):.1f}"]
-        cells += [_against(result, results[name]) for name in (BASE, INFONCE)]
+        cells += [f"{result.mean('hit@1', [kind]):.1f}" for kind in ADAPTED] + [f"{result.mean('hit@1'):.1f}"]
+        cells += [_against(result, results[name], ADAPTED) for name in (BASE, INFONCE)]
+        cells += [f"{result.mean('hit@1', ELSEWHERE):.1f}", _against(result, results[BASE], ELSEWHERE)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -185,5 +208,5 @@ def _judge_cells(judge: dict[str, Any]) -> list[str]:
     return [f"{judge['hidden_auc']:.2f}", f"{precision:.2f}, {recall:.2f}"]
 
 
-def _against(result: Result, other: Result) -> str:
-    return "" if result.arm.name == other.arm.name else str(gain(result, other))
+def _against(result: Result, other: Result, kinds: Sequence[str]) -> str:
+    return "" if result.arm.name == other.arm.name else str(gain(result, other, kinds=kinds))

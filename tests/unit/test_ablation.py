@@ -25,12 +25,12 @@ JUDGE = {"hidden_auc": 0.9, "precision": 1.0, "recall": 0.5}
 
 
 def save(out: Path, name: str, seed: int, hits: np.ndarray) -> None:
-    """One result file: two test sets of half of the queries each."""
-    sets = ["emoji_t2i_artist", "emoji_t2i_concepts", "emoji_t2i_compositions"]
+    """One result file: as many test sets of as many queries each."""
+    sets = [f"emoji_t2i_{kind}" for kind in (*ablation_report.ADAPTED, *ablation_report.ELSEWHERE)]
     count = len(hits)
     table = pa.table(
         {
-            "dataset": [sets[index * 3 // count] for index in range(count)],
+            "dataset": [sets[index * len(sets) // count] for index in range(count)],
             "query_id": [f"{index:04d}" for index in range(count)],
             "hit@1": hits.astype(float),
             "mrr": hits.astype(float),
@@ -81,6 +81,23 @@ def test_a_gain_is_paired_over_queries_and_seeds(tmp_path):
     assert 0 < found.low < found.value < found.high
     same = ablation_report.gain(results["hybrid"], results["infonce"])
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+def test_what_adaptation_costs_elsewhere_is_not_in_the_mean():
+    table = pa.table({"dataset": ["emoji_t2i_queries", "emoji_i2t_artist"], "hit@1": [1.0, 0.0]})
+    assert ablation_report.mean_hit(table) == 1.0
+    assert ablation_report.mean_hit(table, ablation_report.ELSEWHERE) == 0.0
+
+
+def test_the_rates_tried_on_dev_are_in_the_report(tmp_path):
+    for rate, hits in ((3e-4, [1.0, 0.0]), (8e-4, [1.0, 1.0])):
+        table = pa.table({"dataset": ["emoji_t2i_queries", "emoji_t2i_artist"], "hit@1": hits})
+        facts = {"arm": "infonce", "seed": 0, "learning_rate": rate}
+        path = tmp_path / "dev" / f"infonce-{rate:g}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(table.replace_schema_metadata({"facts": json.dumps(facts)}), path)
+    lines = ablation_report.dev_table(tmp_path)
+    assert "| `infonce` | 100.0 (0.0) | 100.0 (100.0) |" in lines
 
 
 def test_seeds_that_disagree_widen_the_interval(tmp_path):

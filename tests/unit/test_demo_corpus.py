@@ -154,9 +154,28 @@ def test_no_dev_or_test_picture_lies_under_another_name_in_training(root):
     train = row_images(read_rows(root, "train.jsonl") + read_rows(root, "pool.jsonl"))
     train_bytes = {(root / path).read_bytes() for path in train}
     for split, test in SETS:
+        if test == "queries":  # they ask about what was mined; the next test is theirs
+            continue
         tested = row_images(read_rows(root, f"{split}_{test}.jsonl"))
         assert tested & train == set()
         assert [path for path in tested if (root / path).read_bytes() in train_bytes] == []
+
+
+def asked_about(rows: list[dict]) -> set[str]:
+    """The emoji of each query, by the code at the end of its id."""
+    return {re.split("-(?:t2i|i2t)-", row["id"])[1] for row in rows}
+
+
+def test_new_queries_ask_about_mined_pictures_that_no_training_query_asks_about(root):
+    everything = materialize_demo(root.parent / "all")
+    trained = asked_about(read_rows(everything, "train.jsonl"))
+    assert trained > asked_about(read_rows(root, "train.jsonl"))
+    mined = row_images(read_rows(root, "pool.jsonl"))
+    for split, least in (("dev", 200), ("test", 400)):
+        rows = read_rows(root, f"{split}_queries.jsonl")
+        assert row_images(rows) <= mined
+        assert len(asked_about(rows)) >= least
+        assert asked_about(rows) & trained == set()
 
 
 def test_dev_and_test_ask_about_different_pictures(root):

@@ -35,7 +35,7 @@ __all__ = ["ADAPTATION_ARTIST", "DEMO_DATA", "PRETRAINING_ARTISTS", "UNSEEN_ARTI
 
 DEMO_DATA = Path(unime_ray.__file__).parent / "data" / "demo"
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 MARKER = "demo_corpus.json"
 
 
@@ -43,12 +43,13 @@ def materialize_demo(root: str | Path, *, num_queries: int | None = None, seed: 
     """Unpack the demo corpus into the folder `root` and return it.
 
     It writes `images/<artist>/<hexcode>.webp`, `train.jsonl` (query and positive), `pool.jsonl` (what is mined),
-    `{dev,test}_{concepts,compositions,artist}.jsonl`, each with its `..._pool.jsonl`, and `truth.parquet` with
+    `{dev,test}_{queries,concepts,compositions,artist}.jsonl`, each with its `..._pool.jsonl`, and `truth.parquet` with
     `truth_items.parquet`. A folder that already holds the same content is left alone; otherwise the whole folder is
     built beside `root` and renamed, so that `root` is never half done.
 
     Args:
-        num_queries: training pairs, half of them text to image (None: two for each of the artist's train concepts).
+        num_queries: training pairs, half of them text to image (None: two for each of the artist's train concepts that
+            no test keeps for itself).
         seed: draws those pairs. Tests and pools do not depend on it.
 
     Raises:

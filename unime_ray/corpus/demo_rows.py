@@ -36,13 +36,17 @@ DEV_FOLDS = ("dev_concept", "dev_composition")
 """Train emoji that adaptation must not see, so that settings are chosen on them and not on the tests."""
 KNOWN_FOLDS = (TRAIN_FOLD, *DEV_FOLDS)
 """All that the bundled checkpoint may have been pretrained on."""
-TESTS = ("concepts", "compositions", "artist")
+TESTS = ("queries", "concepts", "compositions", "artist")
+"""New queries about pictures that were mined; emoji never seen; unseen combinations; another artist. The first three
+are the adaptation artist's: what adapting is for. The last says what it costs elsewhere."""
 
 NUM_DISTRACTORS = 600
 NUM_ARTIST_QUERIES = 500
 NUM_DEV_ARTIST = 300
 NUM_DEV_COMPOSITIONS = 100
 DEV_SHARE = 0.08
+DEV_QUERIES_SHARE, TEST_QUERIES_SHARE = 0.12, 0.24
+"""Shares of the train fold that lie in the mining pool, but that only dev or test asks about, in either direction."""
 DUPLICATED_SHARE = 0.5
 """Share of the pool's emoji that another artist's picture (or two) shows as well."""
 SAME_FAMILY, RELATED = 0.6, 0.3
@@ -158,7 +162,7 @@ def pool_items(pictures: Iterable[tuple[str, Concept]], names: Iterable[Concept]
 def training_pairs(corpus: Corpus, num_queries: int | None, seed: int) -> list[Row]:
     """Pairs of the train fold, half each way. Picture queries are the adaptation artist's; what a text query declares
     its positive is one of the pool's pictures of that emoji, any of them."""
-    concepts = corpus.by_artist(ADAPTATION_ARTIST, TRAIN_FOLD)
+    concepts = [c for c in corpus.by_artist(ADAPTATION_ARTIST, TRAIN_FOLD) if asked_in(c) == "train"]
     wanted = 2 * len(concepts) if num_queries is None else num_queries
     if not 2 <= wanted <= 2 * len(concepts):
         raise CorpusError(f"num_queries {wanted}: the demo corpus has 2 to {2 * len(concepts)} training pairs")
@@ -167,6 +171,14 @@ def training_pairs(corpus: Corpus, num_queries: int | None, seed: int) -> list[R
     rows = [pair(c, ADAPTATION_ARTIST, "i2t", "", "train") for c in chosen["i2t"]]
     rows += [pair(c, declared_artist(corpus, c), "t2i", "", "train") for c in chosen["t2i"]]
     return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{row['id']}".encode()).digest())
+
+
+def asked_in(concept: Concept) -> str:
+    """The split that asks about an emoji of the train fold: `train`, or `dev` or `test` alone."""
+    share = share_of(f"asked:{concept.hexcode}")
+    if share < DEV_QUERIES_SHARE:
+        return "dev"
+    return "test" if share < DEV_QUERIES_SHARE + TEST_QUERIES_SHARE else "train"
 
 
 def artists_in_pool(corpus: Corpus, concept: Concept) -> list[str]:
@@ -198,9 +210,13 @@ def mining_pool(corpus: Corpus) -> list[Row]:
 
 
 def evaluation_set(corpus: Corpus, test: str, split: str) -> tuple[list[Row], list[Row]]:
-    """Queries in both directions and the pool of `concepts`, `compositions` or `artist`; split `test` or `dev`."""
+    """Queries in both directions and the pool of one of `TESTS`; split `test` or `dev`."""
     if test == "artist":
         directions, artist, pool = _artist_set(corpus, split)
+    elif test == "queries":
+        artist, pool = ADAPTATION_ARTIST, corpus.by_artist(ADAPTATION_ARTIST, TRAIN_FOLD)
+        asked = [concept for concept in pool if asked_in(concept) == split]
+        directions = {"t2i": asked, "i2t": asked}
     else:
         artist = ADAPTATION_ARTIST
         fold = f"{'heldout' if split == 'test' else split}_{test.removesuffix('s')}"
