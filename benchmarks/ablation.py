@@ -6,7 +6,7 @@
 
 Mining runs once, by the stages, on a local Ray; then every (arm, seed) is trained and measured in this process, one
 after the other, each arm with seed 0 before any with seed 1. A result is a Parquet file, so a run that was cut off goes
-on where it was. Learning rates are chosen on the dev split, once a family of arms, among the same three values;
+on where it was. Learning rates are chosen on the dev split, once a family of arms, on the same ladder;
 nothing else looks at dev, and test is looked at once. `--report` draws the tables and plots again from what is there.
 """
 
@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,22 @@ def _judges(config: RunConfig) -> dict[str, JudgeConfig]:
 
 
 def tune(lab: Lab, wanted: Sequence[Arm], options: argparse.Namespace) -> dict[str, float]:
-    """The learning rate of each family of arms: the best mean hit@1 over the dev sets of the adaptation artist, first seed."""
+    """The learning rate of each family of arms: the best mean hit@1 on dev (see `mean_hit`), first seed."""
     by_name = {arm.name: arm for arm in arms()}
     rates: dict[str, float] = {}
     for family in dict.fromkeys(arm.tuned_as for arm in wanted if arm.name != BASE and arm.rerank is None):
-        found = {rate: _tried(lab, by_name[family], rate) for rate in LEARNING_RATES}
-        rates[family] = max(found, key=lambda rate: found[rate])
+        rates[family] = best_rate(lambda rate, arm=by_name[family]: _tried(lab, arm, rate))
     return rates
+
+
+def best_rate(tried: Callable[[float], float]) -> float:
+    """The rate with the highest `tried`: the middle three, then outwards as long as the outermost one is best."""
+    found = {rate: tried(rate) for rate in LEARNING_RATES[1:-1]}
+    for place in (0, -1):
+        inner = LEARNING_RATES[1:-1][place]
+        if max(found, key=lambda rate: found[rate]) == inner:
+            found[LEARNING_RATES[place]] = tried(LEARNING_RATES[place])
+    return max(found, key=lambda rate: found[rate])
 
 
 def _tried(lab: Lab, arm: Arm, rate: float) -> float:

@@ -14,6 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import ablation
 import ablation_arms
 import ablation_report
 from ablation_plots import Point, dots_with_intervals, scatter
@@ -64,6 +65,21 @@ def test_arms_of_one_table_differ_from_each_other():
         if arm.rerank is None and arm.name != ablation_arms.BASE
     ]
     assert len(set(configs)) == len(configs)
+
+
+@pytest.mark.parametrize(
+    ("peak", "asked"),
+    [(8e-4, (3e-4, 8e-4, 1.5e-3)), (3e-3, (3e-4, 8e-4, 1.5e-3, 3e-3)), (1e-4, (3e-4, 8e-4, 1.5e-3, 1e-4))],
+)
+def test_rates_are_tried_outwards_while_the_outermost_is_best(peak, asked):
+    tried = []
+
+    def value(rate):
+        tried.append(rate)
+        return -abs(np.log(rate / peak))
+
+    assert ablation.best_rate(value) == peak
+    assert tuple(tried) == asked
 
 
 def test_a_gain_is_paired_over_queries_and_seeds(tmp_path):
