@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -26,9 +25,7 @@ from mining_run import (
     word_run,
 )
 
-from tests.unit.models_fixtures import save_checkpoint
 from unime_ray.artifacts import Run
-from unime_ray.cli import main
 from unime_ray.config import RunConfig
 from unime_ray.corpus.payload import PayloadStore
 from unime_ray.errors import ModelError
@@ -155,28 +152,6 @@ def test_the_estimate_counts_what_is_left_and_writes_nothing(mined: Mined, tmp_p
     assert {path for path in left if "candidates" not in path} == {
         path.replace(str(tmp_path / "run"), "") for path in before if "candidates" not in path
     }
-
-
-def test_the_estimate_on_the_command_line_says_what_the_stage_then_counts(
-    mined: Mined, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, judge = mined.run(tmp_path / "run"), str(save_checkpoint(tmp_path / "judge"))
-    embed, judges = {"model": mined.model}, {"tiny": {"model": judge, "queries_per_batch": 5}}
-    path = tmp_path / "mine.yaml"
-    path.write_text(json.dumps({"run": run.root, "embed": embed, "retrieve": {"top_k": 5}, "judges": judges}))
-    for arguments in (["--estimate"], []):
-        with pytest.raises(SystemExit) as done:
-            main(["judge", "--config", str(path), "--name", "tiny", *arguments])
-        assert done.value.code in (0, None)
-        assert (run.artifact("judgements", "tiny").manifest() is None) == bool(arguments)
-    told = " ".join(capsys.readouterr().out.split())
-    found = re.search(
-        r"tiny: 20 queries, 120 pairs; about 0 known, 120 to judge tokens: ([\d,]+) .* whole, ([\d,]+)", told
-    )
-    assert found is not None and "expected: " in told, told
-    counts = run.artifact("judgements", "tiny").manifest().counts  # type: ignore[union-attr]
-    estimated = [int(number.replace(",", "")) for number in found.groups()]
-    assert estimated == pytest.approx([counts["tokens"], counts["tokens_computed"]], rel=0.05)
 
 
 def test_pictures_are_counted_once_an_actor() -> None:
