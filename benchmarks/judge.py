@@ -133,7 +133,7 @@ def compare(options: argparse.Namespace, model: str) -> None:
     backbone = Backbone.load(model, dtype=options.dtype, pixels=pixels)
     scenes = {name: scene for name, scene in scenes_of(options).items() if name in (options.directions or [name])}
     works = {name: works_of(backbone, scene) for name, scene in scenes.items()}
-    ways = ways_of(options, model, backbone, pixels, max(work["query_first"].prefix for work in works.values()))
+    ways = ways_of(options, model, backbone, pixels, longest_prompt(works))
     peak = achievable(backbone.device, options.dtype)
     parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
     print(f"{options.model or options.shape or 'random'}: {parameters / 1e6:.1f}M parameters, {options.dtype}, "
@@ -151,8 +151,13 @@ def works_of(backbone: Backbone, scene: Scene) -> dict[str, Work]:
     return {order: work_of(backbone, scene.groups, order, scene.known) for order in ("query_first", "candidate_first")}
 
 
+def longest_prompt(works: dict[str, dict[str, Work]]) -> float:
+    """Tokens, of the direction with the longest ones."""
+    return max(work.prefix + work.suffix for orders in works.values() for work in orders.values())
+
+
 def ways_of(
-    options: argparse.Namespace, model: str, backbone: Backbone, pixels: PixelBudget, prefix_tokens: float
+    options: argparse.Namespace, model: str, backbone: Backbone, pixels: PixelBudget, prompt_tokens: float
 ) -> list[Way]:
     """All ways that were asked for; an engine of vLLM starts only if one of its ways was."""
     ways = []
@@ -163,7 +168,7 @@ def ways_of(
     if options.vllm:
         from judge_vllm import vllm_ways
 
-        starts = vllm_ways(model, backbone, options.dtype, pixels, prefix_tokens, options.queries)
+        starts = vllm_ways(model, backbone, options.dtype, pixels, prompt_tokens)
     for name, start in starts.items():
         if not options.only or any(one == name or (name == "vllm" and one in SAME_ENGINE) for one in options.only):
             ways += start()

@@ -31,12 +31,12 @@ Score = Callable[[VllmJudge, Groups], int]
 
 
 def vllm_ways(
-    model: str, backbone: Backbone, dtype: str, pixels: PixelBudget, prefix_tokens: float, queries: int
+    model: str, backbone: Backbone, dtype: str, pixels: PixelBudget, prompt_tokens: float
 ) -> dict[str, Callable[[], list[Way]]]:
-    """What starts each engine, by the name of its first way. On a CPU its key-value cache is cut so that it holds a
-    quarter of all queries' prefixes."""
+    """What starts each engine, by the name of its first way. On a CPU its key-value cache is cut to what `RUNNING`
+    prompts of `prompt_tokens` need, so that with more queries than that it cannot hold all their prefixes."""
     frontend = vllm_engine.Frontend.load(model, pixels=pixels)
-    base = {} if torch.cuda.is_available() else _small_cache(prefix_tokens, queries)
+    base = {} if torch.cuda.is_available() else _small_cache(prompt_tokens)
 
     def start(names: dict[str, Score], order: str = "query_first", **change: Any) -> list[Way]:
         settings = VllmConfig.model_validate(base | change)
@@ -52,10 +52,9 @@ def vllm_ways(
     }
 
 
-def _small_cache(prefix_tokens: float, queries: int) -> dict[str, int]:
-    blocks = math.ceil(prefix_tokens / vllm_engine.CPU_BLOCK_SIZE)
-    running = RUNNING * 2 * blocks  # pictures on both sides
-    return {"max_num_seqs": RUNNING, "max_model_len": 1024, "cache_blocks": running + queries * blocks // 4}
+def _small_cache(prompt_tokens: float) -> dict[str, int]:
+    blocks = math.ceil(prompt_tokens / vllm_engine.CPU_BLOCK_SIZE) + 1
+    return {"max_num_seqs": RUNNING, "max_model_len": 1024, "cache_blocks": RUNNING * blocks}
 
 
 def _way(name: str, judge: VllmJudge, score: Score) -> Way:
