@@ -25,3 +25,14 @@ def test_the_hook_declares_operators_only_when_torchvision_is_imported(tmp_path:
         "import torch; assert torch.version.cuda or names == {'torchvision::nms', 'torchvision::qnms'}, names\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=280)
+
+
+def test_the_two_lists_of_versions_agree() -> None:
+    root = Path(__file__).parents[2]
+    lines = [(root / name).read_text().splitlines() for name in ("constraints.txt", "requirements-vllm.txt")]
+    below, above = ([line for line in part if line and not line.startswith("#")] for part in lines)
+    pinned = dict(line.split("==") for line in below)
+    assert all("==" in line for line in above) and len(above) > 50
+    for name, version in (line.split("==") for line in above):
+        assert pinned.get(name, version) == version, f"{name}: .venv-vllm would hide another version of .venv"
+    assert not {"torch", "triton", "torchaudio", "torchcodec"}.intersection(line.split("==")[0] for line in above)

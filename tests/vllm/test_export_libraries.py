@@ -72,6 +72,7 @@ def test_cross_encoder_gives_our_scores(exported: Path) -> None:
     np.testing.assert_allclose(theirs.predict([("dog", "cat face"), ("dog", "dog face")]), texts, atol=EXACT)
 
 
+@pytest.mark.vllm
 @needs_vllm
 @pytest.mark.slow
 @pytest.mark.timeout(900)

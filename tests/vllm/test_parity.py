@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.unit.models_fixtures import FakeItem, make_item, mixed_items, picture, save_checkpoint
+from tests.unit.models_fixtures import make_item, picture, save_checkpoint
+from tests.vllm.pairs import SETTINGS, logits, mixed_groups
 from unime_ray.config import PixelBudget
-from unime_ray.config_vllm import VllmConfig
 from unime_ray.models.backbone import Backbone
-from unime_ray.models.canary import TOLERANCE
 from unime_ray.models.embedder import Embedder
 from unime_ray.models.embedder_vllm import VllmEmbedder
-from unime_ray.models.judge import Verdict
 from unime_ray.models.judge_transformers import TransformersJudge
 from unime_ray.models.judge_vllm import Head, VllmJudge
 from unime_ray.models.pixels import PixelPipeline
@@ -24,6 +22,7 @@ from unime_ray.models.prompt_ids import PromptIds
 from unime_ray.models.vllm_engine import Frontend, has_vllm
 
 pytestmark = [
+    pytest.mark.vllm,
     pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: see docs/vllm.md"),
     pytest.mark.timeout(1800),
 ]
@@ -31,8 +30,6 @@ pytestmark = [
 SCORE_TOLERANCE = 1e-4
 LOGIT_TOLERANCE = 1e-3
 VECTOR_TOLERANCE = 1e-5
-SETTINGS = VllmConfig(max_num_batched_tokens=4096, max_num_seqs=64)
-Groups = list[tuple[FakeItem, list[FakeItem]]]
 
 
 @dataclass
@@ -47,28 +44,6 @@ class Scene:
 def start(folder: Path, head: Head | None = None) -> Scene:
     judge = VllmJudge(Frontend.load(str(folder)), SETTINGS.model_copy(update={"head": head}))
     return Scene(folder, Backbone.load(str(folder), device="cpu"), judge)
-
-
-def mixed_groups() -> Groups:
-    """15 x 15 pairs: text, picture and both on either side, many sizes that need resizing, long texts."""
-    more = [
-        make_item("a dog, running"),
-        make_item(None, picture(5, 200, 50)),
-        make_item("blue heart", picture(6, 31, 31), "Represent the given picture with its name."),
-        make_item("and then another thing happened " * 9, picture(7, 64, 96)),
-        make_item("Find an emoji picture that matches the given name: fox"),
-        make_item(None, picture(8, 1000, 700)),
-        make_item("1 2 3, <|im_end|> and \u732b"),
-    ]
-    items = [*mixed_items(), *more]
-    return [(query, items) for query in items]
-
-
-def logits(verdicts: Sequence[Sequence[Verdict]]) -> np.ndarray:
-    """(pairs, 3): logit of Yes, logit of No, score; fails if a pair has an error."""
-    rows = [verdict for group in verdicts for verdict in group]
-    assert [row.error for row in rows if row.error] == []
-    return np.array([[row.logit_yes, row.logit_no, row.score] for row in rows], dtype=np.float64)
 
 
 def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
@@ -142,24 +117,6 @@ def test_the_language_head_gives_the_same_logits(qwen2: Scene) -> None:
     scene = start(qwen2.folder, "logits")
     expected = TransformersJudge(scene.backbone).score_groups(mixed_groups())
     assert_same(logits(scene.judge.score_groups(mixed_groups())), logits(expected))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["random", "tiny"])
-def test_bfloat16_stays_near(qwen2: Scene, model: str) -> None:
-    """Prints how far the engines are apart, and from float32: docs/vllm.md has the figures."""
-    name = "tiny" if model == "tiny" else str(qwen2.folder)
-    exact, half = (Backbone.load(name, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
-    judge = VllmJudge(Frontend.load(name), SETTINGS, dtype="bfloat16")
-    scores = {
-        "vLLM": logits(judge.score_groups(mixed_groups()))[:, 2],
-        "transformers": logits(TransformersJudge(half).score_groups(mixed_groups()))[:, 2],
-        "float32": logits(TransformersJudge(exact).score_groups(mixed_groups()))[:, 2],
-    }
-    for one, other in (("vLLM", "transformers"), ("vLLM", "float32"), ("transformers", "float32")):
-        gap = np.abs(scores[one] - scores[other])
-        print(f"{model} bfloat16 {one} - {other}: largest {gap.max():.4f}, mean {gap.mean():.5f}")
-        assert gap.max() <= TOLERANCE["bfloat16"]
 
 
 @pytest.mark.slow

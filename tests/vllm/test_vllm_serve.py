@@ -16,6 +16,7 @@ from unime_ray.serve.bundle import Checkpoint
 from unime_ray.serve.engines import EncoderEngine
 
 pytestmark = [
+    pytest.mark.vllm,
     pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: see docs/vllm.md"),
     pytest.mark.timeout(900),
 ]

@@ -18,6 +18,7 @@ from unime_ray.stages.judge import run_judge
 from unime_ray.stages.retrieve import run_retrieve
 
 pytestmark = [
+    pytest.mark.vllm,
     pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed: see docs/vllm.md"),
     pytest.mark.slow,
     pytest.mark.timeout(1800),
