@@ -80,8 +80,22 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_not() -> N
         openai_judge(lambda request: httpx.Response(401)).score(item, [item])
     with pytest.raises(ModelError, match="no log-probabilities"):
         openai_judge(lambda request: httpx.Response(200, json={"choices": [{}]})).score(item, [item])
-    with pytest.raises(ModelError, match="without JSON"):
-        openai_judge(lambda request: httpx.Response(200, text="<html>")).score(item, [item])
+    for text in ("<html>", "[1, 2]"):
+        with pytest.raises(ModelError, match="without a JSON object"):
+            openai_judge(lambda request: httpx.Response(200, text=text)).score(item, [item])  # noqa: B023
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "null", '"much"'])
+def test_a_log_probability_that_is_no_number_becomes_no_score(value: str) -> None:
+    httpx = pytest.importorskip("httpx")
+    text = json.dumps(completion(Yes=-0.1, No=-7.5)).replace("-7.5", value)
+    judge, item = openai_judge(lambda request: httpx.Response(200, text=text)), make_item("a")
+    if value in ("null", '"much"'):
+        with pytest.raises(ModelError, match="returned no log-probabilities"):
+            judge.score(item, [item])
+        return
+    (verdict,) = judge.score(item, [item])
+    assert verdict.score == (1.0 if value == "-Infinity" else None) and (verdict.logit_no or 0) >= -9999
 
 
 def test_a_yes_no_scorer_is_asked_with_its_own_prompt() -> None:

@@ -9,6 +9,7 @@ environment variable; a config never holds it.
 from __future__ import annotations
 
 import base64
+import math
 import os
 import random
 import time
@@ -31,6 +32,8 @@ MIME_TYPES = ((b"\x89PNG", "image/png"), (b"\xff\xd8", "image/jpeg"), (b"GIF8", 
 CERTAIN = 6.9
 """An answer missing from `top_logprobs` that is at least so far below the other (e^6.9 = 1000) changes no score by more
 than 0.001; its bound then stands for it."""
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, as vLLM's server has it: logits in the tables are finite."""
 REFUSED = (401, 403, 404)
 MAX_ANSWER_BYTES = 2**20
 MODELS_SHOWN = 5
@@ -125,12 +128,14 @@ class OpenAIJudge:
     def _read(self, answer: dict[str, Any]) -> Verdict:
         try:
             top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-            found = {entry["token"]: float(entry["logprob"]) for entry in top}
-        except (KeyError, IndexError, TypeError) as error:
+            found = {str(entry["token"]): max(float(entry["logprob"]), LEAST_LOGPROB) for entry in top}
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{self.server.base_url} returned no log-probabilities for model {self.model}: a judge needs a "
                 "server that supports `top_logprobs`"
             ) from error
+        if any(math.isnan(value) for value in found.values()):
+            return Verdict.failed("the server gave no finite log-probabilities")
         yes, no = found.get(self.prompt.yes), found.get(self.prompt.no)
         floor = min(found.values(), default=0.0)
         if yes is not None and no is not None:
@@ -216,8 +221,8 @@ def _answer(response: httpx.Response, server: ServerConfig) -> dict[str, Any]:
         raise ModelError(f"{server.base_url} answered {len(response.content)} bytes to a request for one token")
     try:
         return dict(response.json())
-    except ValueError as error:
-        raise ModelError(f"{server.base_url} answered 200 without JSON: {_line(response.text)}") from error
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{server.base_url} answered 200 without a JSON object: {_line(response.text)}") from error
 
 
 def check_server(server: ServerConfig, model: str, client: httpx.Client | None = None) -> None:
