@@ -206,6 +206,9 @@ def load_counting_judge(config: JudgeConfig) -> CountingJudge:
 def load_dying_judge(config: JudgeConfig, flag: str = "", how: str = "process", poison: str = "") -> DyingJudge:
     """With functools.partial: `flag` is a file that says that it died already."""
     _count_load()
+    if how == "loading" and not Path(flag).exists():
+        Path(flag).touch()
+        raise EngineDied("the engine's core process did not come up")
     return DyingJudge(flag, how, poison)
 
 

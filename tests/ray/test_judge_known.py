@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import pytest
 from mining_run import (
     load_counting_judge,
@@ -26,14 +28,16 @@ from mining_run import (
 )
 
 from unime_ray.artifacts import Run
-from unime_ray.config import RunConfig
+from unime_ray.config import JudgeConfig, RunConfig
 from unime_ray.corpus.payload import PayloadStore
 from unime_ray.errors import ModelError
-from unime_ray.models.judge import Usage
+from unime_ray.models.judge import Usage, Verdict
+from unime_ray.schemas import JUDGEMENTS
 from unime_ray.stages.embed import run_embed
-from unime_ray.stages.judge import run_judge, work_counts
+from unime_ray.stages.engine import Progress
+from unime_ray.stages.judge import Judging, _retry_failed, run_judge, work_counts
 from unime_ray.stages.judge_estimate import Estimate, Sample, estimate_judge
-from unime_ray.stages.judge_known import keep_judged
+from unime_ray.stages.judge_known import KnownScores, keep_judged, kept_uri
 from unime_ray.stages.judge_watch import MAX_DEATHS, MAX_LOADING_DEATHS, POISON, Watch
 from unime_ray.stages.retrieve import run_retrieve
 
@@ -102,7 +106,7 @@ def test_more_candidates_judge_only_new_pairs_and_a_cache_serves_other_runs(mine
     assert (counts["cache_hits"], counts["cache_misses"], counts["cache_added"]) == (0, 200, 200)
 
 
-@pytest.mark.parametrize("how", ["process", "engine"])
+@pytest.mark.parametrize("how", ["process", "engine", "loading"])
 def test_an_actor_or_engine_that_dies_is_replaced_and_the_rows_are_the_same(
     mined: Mined, tmp_path: Path, how: str
 ) -> None:
@@ -208,6 +212,27 @@ def test_a_judge_that_always_dies_ends_the_job(tmp_path: Path) -> None:
         Watch(scoring).evidence([b"q"]).check()
 
 
+def test_an_attempt_that_told_its_reason_leaves_no_suspicion(tmp_path: Path) -> None:
+    """Else a cause that was mended would stop the job, or fail its pairs, for ever."""
+    uri, groups = str(tmp_path / "watch"), [group("q", "1")]
+    with Watch(uri).attempt():
+        assert Path(uri).is_dir()
+    for _ in range(2):
+        Watch(uri).enter(groups)
+    for _ in range(MAX_LOADING_DEATHS):
+        Watch(uri).enter(groups, loading=True)
+    with pytest.raises(ModelError, match="while they loaded"), Watch(uri).attempt():
+        with Watch(uri).attempt():  # as after a driver's death
+            found = Watch(uri).evidence([b"q"])
+            assert found.loading == 0 and found.gives_up((b"q", b"1"))
+        for _ in range(MAX_LOADING_DEATHS):
+            Watch(uri).enter(groups, loading=True)
+        Watch(uri).evidence([b"q"]).check()
+    with Watch(uri).attempt():
+        found = Watch(uri).evidence([b"q"])
+        assert (found.loading, found.deaths, found.gives_up((b"q", b"1"))) == (0, 0, False)
+
+
 def test_counters_of_all_processes_add_up(tmp_path: Path) -> None:
     uri = str(tmp_path / "watch")
     done = {"pairs_scored": 10, "scoring_seconds": 2.0, "prompt_tokens": 100, "computed_tokens": 20}
@@ -218,6 +243,40 @@ def test_counters_of_all_processes_add_up(tmp_path: Path) -> None:
     assert (counts["tokens"], counts["tokens_computed"], counts["tokens_saved"]) == (200, 40, 160)
     assert counts["tokens_per_second"] == 10.0
     assert counts["prefix_hit_rate"] == pytest.approx(0.8) and counts["picture_hit_rate"] == pytest.approx(0.8)
+
+
+def test_actors_load_the_commit_that_the_scores_are_filed_under(tmp_path: Path) -> None:
+    run = Run(str(tmp_path))
+    for engine, revision, loaded in (
+        ("vllm", "ab" * 20, "ab" * 20),
+        ("vllm", "ab" * 16, "main"),  # a folder's content hash is no revision
+        ("openai", "ab" * 20, "main"),
+    ):
+        server = {"server": {"base_url": "http://x/v1"}} if engine == "openai" else {}
+        settings = JudgeConfig.model_validate({"engine": engine, "model": "owner/name", "revision": "main"} | server)
+        assert Judging(run, "j", settings, revision, "hash").arguments(load_none)["settings"].revision == loaded
+
+
+def test_scores_beside_a_failed_pair_are_not_made_again(tmp_path: Path) -> None:
+    judging = Judging(Run(str(tmp_path)), "tiny", JudgeConfig(), "revision", "hash")
+    queries, items = [bytes([n]) * 16 for n in (1, 2)], [bytes([n]) * 16 for n in (7, 8)]
+    checkpoints = Path(judging.artifact.child("checkpoint"))
+    for folder in (checkpoints, Path(judging.artifact.data_uri)):
+        folder.mkdir(parents=True)
+    for name, query, errors in (("a", queries[0], [None, "broken"]), ("b", queries[1], [None, None])):
+        verdicts = [Verdict.failed(error) if error else Verdict.of(1.0, 0.0) for error in errors]
+        lines = [
+            {"query_id": query, "candidate_id": item, "is_positive": False, **asdict(verdict)}
+            for item, verdict in zip(items, verdicts, strict=True)
+        ]
+        table = pa.Table.from_pylist(lines, JUDGEMENTS)
+        pq.write_table(table, f"{judging.artifact.data_uri}/{name}-0.parquet")
+        pq.write_table(table.select(["query_id"]).slice(0, 1), checkpoints / f"{name}.parquet")
+    progress = Progress(judging.artifact, "query_id")
+    _retry_failed(judging, progress)
+    assert progress.written().to_pylist() == [queries[1]] and progress.settle() == 2
+    known = KnownScores(kept_uri(judging.run, "tiny", judging.scorer))
+    assert known.verdicts(queries) == {(queries[0], items[0]): Verdict(1.0, 0.0, pytest.approx(0.731, abs=1e-3))}
 
 
 def test_only_what_this_scorer_judged_is_kept(tmp_path: Path) -> None:

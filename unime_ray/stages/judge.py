@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from unime_ray.stages.judge_known import (
     add_to_cache,
     cache_uri,
     forget_kept,
+    keep_files,
     keep_judged,
     kept_uri,
     scorer_hash,
@@ -59,6 +61,7 @@ IDENTITY = {"engine", "model", "revision", "dtype", "prompt_order", "repetition_
 SERVED = "served"
 """Revision of a model behind a server that the config gives none for."""
 CANARY_ENGINES = {"transformers", "vllm"}
+HUB_COMMIT = re.compile("[0-9a-f]{40}")
 TRUTH_FILES = ("truth.parquet", "truth_items.parquet")
 
 log = logging.getLogger(__name__)
@@ -152,6 +155,11 @@ class Judging:
     def scorer(self) -> str:
         return scorer_hash(self.key)
 
+    def pinned(self) -> JudgeConfig:
+        """The settings with a hub checkpoint's commit in them: its branch may move before the last actor starts."""
+        found = HUB_COMMIT.fullmatch(self.revision) and self.settings.engine in CANARY_ENGINES
+        return self.settings.model_copy(update={"revision": self.revision}) if found else self.settings
+
     def loader(self, load: Callable[..., Judge]) -> Callable[..., Judge]:
         """`load_scorer` with the reference of this judge; any other loader as it is."""
         if load is not load_scorer:
@@ -162,7 +170,7 @@ class Judging:
         """What an actor is made of; `load` is how it gets its judge."""
         cache = self.cache
         return {
-            "settings": self.settings,
+            "settings": self.pinned(),
             "load": self.loader(load),
             "store": PayloadStore(self.run.artifact("images").data_uri, self.run.artifact("items").data_uri),
             "candidates": CandidateRows(self.candidates.data_uri),
@@ -195,15 +203,19 @@ def _truth_digest(folder: str) -> str:
 
 
 def _build(judging: Judging, load: Callable[[JudgeConfig], Judge]) -> StageResult:
+    watch = Watch(judging.artifact.child("watch"))
+    with watch.attempt():
+        return _judge(judging, load, watch)
+
+
+def _judge(judging: Judging, load: Callable[[JudgeConfig], Judge], watch: Watch) -> StageResult:
     settings, artifact = judging.settings, judging.artifact
     write_text(artifact.child(SCORER), json.dumps({"scorer": judging.scorer}))
     queries, pairs = count_work(judging.candidates)
     progress = Progress(artifact, "query_id")
-    progress.settle()  # a file that a kill cut off cannot be read
-    progress.forget(_failed_pairs(artifact).column("__filename").unique().to_pylist())
+    _retry_failed(judging, progress)
     todo = progress.remaining(queries)
     before = progress.settle()
-    watch = Watch(artifact.child("watch"))
     if todo.num_rows:
         with stage_context(progress.config()):
             blocks = blocks_of(todo, settings.queries_per_batch)
@@ -225,6 +237,14 @@ def _build(judging: Judging, load: Callable[[JudgeConfig], Judge]) -> StageResul
         prompt_hash=judging.prompt_hash,
         resumed_rows=before,
     )
+
+
+def _retry_failed(judging: Judging, progress: Progress) -> None:
+    """Have files with failed pairs made again; the scores beside those are kept."""
+    progress.settle()  # a file that a kill cut off cannot be read
+    failed = _failed_pairs(judging.artifact).column("__filename").unique().to_pylist()
+    keep_files(judging.run, judging.artifact, judging.scorer, failed)
+    progress.forget(failed)
 
 
 def _prefix(settings: JudgeConfig) -> dict[str, str]:

@@ -11,7 +11,8 @@ import os
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -111,19 +112,8 @@ class JudgeActor:
         found = _given_up(groups, evidence)
         clock = time.monotonic()
         for part in evidence.parts(groups):
-            self._watch.enter(part)
-            try:
+            with self._in_hand(part):
                 scored = judge.score_groups(part)
-            except EngineDied as error:
-                if self._settings.engine == "openai":
-                    self._watch.leave()  # the server is not ours to start again
-                    raise
-                log.error("the engine died (%s); its actor ends and Ray starts another", error)
-                os._exit(DIED)
-            except BaseException:
-                self._watch.leave()
-                raise
-            self._watch.leave()
             for (query, candidates), verdicts in zip(part, scored, strict=True):
                 pairs = ((query.item_id, candidate.item_id) for candidate in candidates)
                 found.update(zip(pairs, verdicts, strict=True))
@@ -134,13 +124,24 @@ class JudgeActor:
     def _ready(self, groups: list[Group]) -> Judge:
         """The judge, loaded on first use; a process that dies over it leaves a mark too."""
         if self._judge is None:
-            self._watch.enter(groups, loading=True)
-            try:
+            with self._in_hand(groups, loading=True):
                 self._judge = self._load(self._settings)
-            finally:
-                self._watch.leave()
             self._at_start = usage_of(self._judge)  # canary pairs are no work of the run
         return self._judge
+
+    @contextmanager
+    def _in_hand(self, groups: list[Group], loading: bool = False) -> Iterator[None]:
+        """Leaves a mark meanwhile, which stays if this process dies. It ends itself if its engine has died."""
+        self._watch.enter(groups, loading)
+        try:
+            yield
+        except EngineDied as error:
+            if self._settings.engine != "openai":  # a server is not ours to start again
+                log.error("the engine died (%s); its actor ends and Ray starts another", error)
+                os._exit(DIED)
+            raise
+        finally:
+            self._watch.leave()
 
     def _count(self, tally: Counter[str]) -> None:
         for name, amount in tally.items():

@@ -14,6 +14,7 @@ import threading
 import uuid
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ SCORES_VERSION = 1
 """Counts changes of our own code that change scores."""
 SCORER = "scorer.json"
 FILES_IN_MEMORY = 16
+COPIES_AT_ONCE = 16
 SORTED_ROWS, FILE_ROWS = 4_000_000, 250_000
 """New scores are sorted by query in runs of so many rows, and cut into files of so many."""
 
@@ -138,12 +140,25 @@ def keep_judged(run: Run, artifact: Artifact, scorer: str) -> None:
         return
     if artifact.manifest() is None:
         Progress(artifact, "query_id").settle()
-    paths, fs = parquet_files(artifact.data_uri)
+    keep_files(run, artifact, scorer, parquet_files(artifact.data_uri)[0])
+
+
+def keep_files(run: Run, artifact: Artifact, scorer: str, paths: Sequence[str]) -> None:
+    """Copy some of the artifact's files, which `scorer` wrote, aside, each whole or not at all.
+
+    They are to be made again, and the scores in them need not be.
+    """
+    fs, folder = filesystem(kept_uri(run, str(artifact.name), scorer))
+
+    def copy(path: str) -> None:
+        target = f"{folder}/{path.rsplit('/', 1)[-1]}"
+        fs.copy_file(path, f"{target}.tmp")
+        fs.move(f"{target}.tmp", target)
+
     if paths:
-        _, target = filesystem(kept_uri(run, str(artifact.name), scorer))
-        _, source = filesystem(artifact.data_uri)
-        fs.create_dir(target, recursive=True)
-        pafs.copy_files(source, target, source_filesystem=fs, destination_filesystem=fs)
+        fs.create_dir(folder, recursive=True)
+        with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
+            list(pool.map(copy, paths))
 
 
 def forget_kept(run: Run, judge_name: str) -> None:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pyarrow.fs as pafs
 
 from unime_ray.artifacts import filesystem, join, read_text, remove, write_text
-from unime_ray.errors import ModelError
+from unime_ray.errors import ModelError, UnimeError
 from unime_ray.models.judge import Group
 from unime_ray.stages.judge_known import Pair
 
@@ -105,6 +106,27 @@ class Watch:
             if text is not None:  # else another actor has just finished
                 found.add(json.loads(text), mine)
         return found
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Around one attempt at the whole work: what earlier ones left counts only where it can tell of pairs.
+
+        Who died while loading says nothing of them. And where an attempt ends with a reason that the user is told, or
+        at the user's wish, its marks go: the cause may be mended by the next. After a kill they stay.
+        """
+        fs, path = filesystem(self.uri)
+        fs.create_dir(path, recursive=True)  # else an actor may list it just while another one makes it, which fails
+        self._drop(lambda mark: bool(mark["loading"]))
+        try:
+            yield
+        except (UnimeError, KeyboardInterrupt):
+            self._drop(lambda mark: True)
+            raise
+
+    def _drop(self, which: Callable[[Mapping[str, object]], bool]) -> None:
+        for uri in self._files("hand-"):
+            if which(json.loads(read_text(uri) or '{"loading": true}')):
+                remove(uri)
 
     def enter(self, groups: Sequence[Group], loading: bool = False) -> None:
         """These pairs are in hand from now on."""
