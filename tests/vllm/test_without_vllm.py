@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import queue
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from tests.unit.models_fixtures import make_item, picture, save_checkpoint
 from unime_ray.config import EmbedConfig, JudgeConfig, RunConfig
 from unime_ray.config_vllm import VllmConfig
-from unime_ray.errors import ConfigError, ModelError
+from unime_ray.errors import ConfigError, EngineDied, ModelError
 from unime_ray.models import vllm_engine
 from unime_ray.models.embedder_vllm import VllmEmbedder
 from unime_ray.models.judge_vllm import VllmJudge
 from unime_ray.models.vllm_engine import Frontend, has_vllm
+from unime_ray.models.vllm_process import tell_of_death
 from unime_ray.preflight import check_vllm
 
 
@@ -51,6 +59,46 @@ def test_positions_that_vllm_would_read_otherwise_are_refused(tmp_path: Path) ->
     file.write_text(file.read_text().replace('"mrope_interleaved": true', '"mrope_interleaved": false'))
     with pytest.raises(ModelError, match="mrope_interleaved: true"):
         Frontend.load(str(folder))
+
+
+def test_the_death_of_an_engines_process_reaches_who_waits() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    answers: queue.Queue[object] = queue.Queue()
+    manager = SimpleNamespace(processes=[SimpleNamespace(sentinel=os.pidfd_open(process.pid))])
+    client = SimpleNamespace(outputs_queue=answers, resources=SimpleNamespace(engine_manager=manager))
+    tell_of_death(SimpleNamespace(engine_core=client))
+    tell_of_death(SimpleNamespace(engine_core=object()))  # an engine in this process
+    assert answers.empty()
+    process.kill()
+    assert isinstance(answers.get(timeout=30), EngineDied) and process.wait(30) < 0
+
+
+PARENT = """
+import importlib, multiprocessing, sys, time
+if __name__ == "__main__":
+    child = multiprocessing.get_context("spawn").Process(target=importlib.import_module, args=(sys.argv[1],))
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    child.start(), other.start()
+    print(child.pid, other.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_an_engine_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    (tmp_path / "watching.py").write_text("import time, unime_ray.models.vllm_process\ntime.sleep(60)\n")
+    (tmp_path / "parent.py").write_text(PARENT)
+    paths = [str(tmp_path), str(Path(__file__).parents[2])]
+    command = [sys.executable, str(tmp_path / "parent.py"), "watching"]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+    assert parent.stdout is not None
+    engine, other = (psutil.Process(int(pid)) for pid in parent.stdout.readline().split())
+    while not any(thread.id != engine.pid for thread in engine.threads()):
+        time.sleep(0.05)  # it has not begun to watch
+    parent.kill()
+    psutil.wait_procs([engine], timeout=30)
+    assert not engine.is_running() and other.is_running()
+    other.kill()
+    parent.wait(30)
 
 
 def test_the_frontend_loads_no_weights(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from unime_ray.models.loading import read_processor, read_tokens
 from unime_ray.models.names import resolve_model
 from unime_ray.models.pixels import CHECKPOINT_BUDGET, Picture, PixelPipeline
 from unime_ray.models.tokens import PromptTokenizer, Segment
+from unime_ray.models.vllm_process import WORKER_EXTENSION, tell_of_death
 
 CPU_BLOCK_SIZE = 32
 """The default of vLLM on a CPU, 128, is longer than most prefixes are: nothing would be shared. It refuses 16."""
@@ -91,6 +92,7 @@ class VllmEngine:
 
         Raises:
             ModelError: vLLM is not installed, or it refuses the checkpoint or the settings.
+            EngineDied: the engine's own process (`in_process: false`) ended before it was ready.
         """
         llm_class = _import_vllm(settings)
         if "pooler_config" in arguments:
@@ -103,7 +105,12 @@ class VllmEngine:
             self._llm = llm_class(**_arguments(frontend, settings, self.max_tokens), **arguments)
         except (ValueError, NotImplementedError) as error:
             raise ModelError(f"vLLM refuses {frontend.path}: {' '.join(str(error).split())[:300]}") from error
+        except RuntimeError as error:
+            if settings.in_process:
+                raise
+            raise EngineDied(f"vLLM's process did not start: {' '.join(str(error).split())[:300]}") from error
         self._engine = self._llm.llm_engine
+        tell_of_death(self._engine)
         self._window, self._next = WINDOW * settings.max_num_seqs, 0
 
     def _name(self) -> str:
@@ -138,8 +145,12 @@ class VllmEngine:
                 for output in self._engine.step():
                     if output.finished and output.request_id in names:
                         answers[names.pop(output.request_id)] = output
-        except (EngineDeadError, torch.OutOfMemoryError) as error:
+        except (EngineDeadError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
             raise EngineDied(f"vLLM stopped with {len(names)} requests unanswered: {error}") from error
+        except RuntimeError as error:
+            if self._llm.llm_engine.vllm_config.parallel_config.world_size == 1:
+                raise
+            raise EngineDied(f"a process of vLLM's split model stopped: {error}") from error  # vLLM has no class for it
         found = [answers[index] for index in range(len(answers))]
         self._count(found)
         return found
@@ -274,6 +285,8 @@ def _arguments(frontend: Frontend, settings: VllmConfig, max_tokens: int) -> dic
     }
     if torch.cuda.is_available():
         chosen["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    if not settings.in_process:
+        chosen["worker_extension_cls"] = WORKER_EXTENSION
     if settings.tensor_parallel_size > 1:
         chosen["distributed_executor_backend"] = "mp"  # else vLLM would ask Ray for GPUs that the actor already holds
     if settings.cache_blocks is not None:
