@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +15,13 @@ from tests.unit.models_fixtures import save_checkpoint
 from unime_ray.config import JudgeConfig
 from unime_ray.errors import CanaryError
 from unime_ray.models import canary
+from unime_ray.models.backbone import Backbone, Batch
 from unime_ray.models.canary import CanaryFile, canary_groups, canary_scores, load_checked
 from unime_ray.models.judge import Judge, Verdict, load_judge
+from unime_ray.models.judge_transformers import TransformersJudge
 from unime_ray.models.names import model_revision
+from unime_ray.models.pixels import PixelPipeline
+from unime_ray.models.tokens import Segment
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +78,35 @@ def test_an_engine_that_drifted_is_refused(model: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(canary, "load_judge", drifted)
     with pytest.raises(CanaryError, match=r"drifted .*largest difference [0-9.e-]+ \(allowed 0\.0001\), .* with "):
         load_checked(config, file)
+
+
+def normalised_twice(backbone: Backbone) -> None:
+    pixels = backbone.pixels
+    assert isinstance(pixels, PixelPipeline)
+    once, each = pixels.normalise, pixels.frames * pixels.patch**2
+    scale, shift = (one.repeat_interleave(each, 0).reshape(1, -1) for one in (pixels._scale, pixels._shift))
+    backbone.pixels.normalise = lambda *given: once(*given) * scale - shift  # type: ignore[method-assign]
+
+
+def read_without_picture_positions(backbone: Backbone) -> None:
+    collate = backbone.collate
+
+    def flat(segments: Sequence[Segment], padding_side: str | None = None) -> Batch:
+        plain = [replace(one, positions=np.tile(np.arange(len(one)), (3, 1))) for one in segments]
+        return collate(plain, padding_side)
+
+    backbone.collate = flat  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("fault", [normalised_twice, read_without_picture_positions])
+def test_what_vllm_could_do_to_pictures_shows_even_in_bfloat16(fault: Callable[[Backbone], None]) -> None:
+    backbone = Backbone.load("tiny", device="cpu")
+    judge = TransformersJudge(backbone, share_prefix=False)
+    exact = canary_scores(judge)
+    fault(backbone)
+    backbone.forget_features()
+    gaps = [abs((a or 0) - (b or 0)) for a, b in zip(canary_scores(judge), exact, strict=True)]
+    assert max(gaps) > 5 * canary.TOLERANCE["bfloat16"]
 
 
 class Fixed:
