@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ def join_ranks(rank: str, world: str, port: str) -> None:
 
 def main() -> None:
     root, rank, world, port, cases, out = sys.argv[1:]
+    faulthandler.dump_traceback_later(200)
     join_ranks(rank, world, port)
     found = {
         name: gradients(Path(root), SECTIONS[kind].model_validate(section))

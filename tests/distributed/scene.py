@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tests.unit.models_fixtures import FakeItem, make_item, picture, save_checkpoint
+from tests.unit.family_fixtures import save_family
+from tests.unit.models_fixtures import FAMILIES, FakeItem, make_item, picture, save_checkpoint
 from unime_ray.artifacts import Manifest, Run
 from unime_ray.config import EmbedderConfig, LoraConfig, PixelBudget, RerankerConfig, TrainConfig
 from unime_ray.schemas import HARD_NEGATIVES, IMAGES, ITEMS, teacher_schema
@@ -34,8 +35,8 @@ SECTION: dict[str, Any] = {
 }
 
 
-def build_scene(root: Path) -> Run:
-    """Items, pictures, hard negatives of judge `judge`, and a checkpoint in `root/model`."""
+def build_scene(root: Path, family: str = "qwen2_vl") -> Run:
+    """Items, pictures, hard negatives of judge `judge`, and a checkpoint of `family` in `root/model`."""
     run = Run(str(root / "run"))
     queries = [make_item(f"query number {n}") for n in range(NUM_QUERIES)]
     pool = [make_item(None if n % 2 else f"thing {n}", picture(n, 32, 32)) for n in range(10)]
@@ -43,7 +44,10 @@ def build_scene(root: Path) -> Run:
     write_payload(run, [*queries, *pool])
     write_negatives(run, queries, pool)
     write_teacher(run)
-    save_checkpoint(root / "model")
+    if family in FAMILIES:
+        save_checkpoint(root / "model", family)
+    else:
+        save_family(root / "model", family)
     return run
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.distributed.rank import SECTIONS
-from tests.distributed.scene import SECTION, gradients, job_of, stepper_of
+from tests.distributed.scene import SECTION, build_scene, gradients, job_of, stepper_of
 from unime_ray.config import EmbedderConfig
 from unime_ray.train import embedder_objective, worker
 
@@ -140,3 +140,17 @@ def test_sharded_weights_give_the_gradient_of_one_process(scene, tmp_path):
     expected = whole(scene, "judge_kl", batch_queries=5, lora={"rank": 0})
     # torch leaves no gradient on what it shards but nobody uses; one process has none either.
     assert_equal(found["all_weights"], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl"])
+def test_other_families_can_be_sharded(tmp_path, family):
+    build_scene(tmp_path, family)
+    changes = {"batch_queries": 5, "micro_batch_queries": 2, "strategy": "fsdp"}
+    sections = {"adapters": SECTION | {"loss": "hybrid"}, "all_weights": SECTION | {"lora": {"rank": 0}}}
+    cases = {name: ("embedder", section | changes) for name, section in sections.items()}
+    found = on_ranks(tmp_path, cases, 2, tmp_path / "out.pt")
+    for name, section in sections.items():
+        config = EmbedderConfig.model_validate(section | {"batch_queries": 5, "micro_batch_queries": 5})
+        assert_equal(found[name], gradients(tmp_path, config), 1e-5)
