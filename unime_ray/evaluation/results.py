@@ -15,6 +15,7 @@ from unime_ray.evaluation.aggregate import MEAN
 from unime_ray.evaluation.arms import BASE, RERANK
 
 SHOWN = ("hit@1", "recall@10", "mrr")
+WIDEST = 10_000
 
 
 def results_table(run: Run, metric: str | None = None) -> list[dict[str, Any]]:
@@ -43,7 +44,8 @@ def render_results(run: Run, console: Console) -> None:
     arms = json.loads(read_text(run.artifact("metrics").child("arms.json")) or "[]")
     measured = set(run.artifact("metrics").read(["metric"])["metric"].to_pylist())
     for metric in [name for name in SHOWN[:2] if name in measured]:
-        console.print(_table(results_table(run, metric), arms, metric))
+        for table in _tables(results_table(run, metric), arms, metric, console):
+            console.print(table)
     console.print("95 % intervals: bootstrap over queries. Ties count against the model.", style="dim")
 
 
@@ -65,6 +67,18 @@ def markdown_results(run: Run, metric: str) -> str:
         name = row["dataset"].replace("|", "\\|")
         lines.append("| " + " | ".join([name, str(row["queries"]), *cells]) + " |")
     return "\n".join(lines)
+
+
+def _tables(rows: list[dict[str, Any]], arms: list[dict[str, Any]], metric: str, console: Console) -> list[Table]:
+    """One table, or where the arms do not fit side by side several, each with the first arm to compare with."""
+    first, others = arms[:1], arms[1:]
+    tables, unbounded = [_table(rows, arms, metric)], console.options.update(width=WIDEST)
+    for size in range(len(others), 0, -1):
+        groups = [others[start : start + size] for start in range(0, len(others), size)]
+        tables = [_table(rows, first + group, metric) for group in groups]
+        if all(console.measure(table, options=unbounded).maximum <= console.width for table in tables):
+            break
+    return tables
 
 
 def _table(rows: list[dict[str, Any]], arms: list[dict[str, Any]], metric: str) -> Table:
