@@ -1,10 +1,11 @@
-"""A real engine of vLLM in a process of its own, whose actor is killed while it judges."""
+"""A real engine of vLLM, in a process of its own, that dies while it judges; and the actor that owns it."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.dataset as pads
 import pytest
 from ray import cloudpickle
 
@@ -24,6 +26,7 @@ from unime_ray.models.judge_vllm import VllmJudge
 from unime_ray.models.vllm_engine import has_vllm
 from unime_ray.stages.judge import run_judge
 from unime_ray.stages.judge_known import Pair
+from unime_ray.stages.judge_watch import POISON
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
 pytestmark = [
@@ -35,24 +38,56 @@ pytestmark = [
 ]
 APART = {"in_process": False, "max_num_batched_tokens": 4096, "max_num_seqs": 64, "max_model_len": 512}
 TOP_K = 6
+ROOT = Path(__file__).parents[2]
 
 
-def load_dying(config: JudgeConfig, log: str) -> Judge:
-    """vLLM as judge, whose actor is killed once with requests in flight. Each actor writes the process id of its engine
-    into the folder `log`."""
+def load_dying(config: JudgeConfig, log: str, victim: str, poison: Pair | None = None) -> Judge:
+    """vLLM as judge; its engine's process, or this one, is killed with requests in flight: whenever it has the pair
+    `poison` in hand, or without one just once. Each process writes the engine's process id into the folder `log`."""
     judge = VllmJudge.load(config)
     (engine,) = multiprocessing.active_children()
     Path(log, str(engine.pid)).touch()
-    step = judge.engine._engine.step
+    step, score_groups = judge.engine._engine.step, judge.score_groups
+    doomed = False
 
     def dying_step() -> Any:
-        if not Path(log, "died").exists():
+        if doomed:
             Path(log, "died").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(engine.pid if victim == "engine" else os.getpid(), signal.SIGKILL)
         return step()
 
-    judge.engine._engine.step = dying_step
+    def score(groups: Any) -> Any:
+        nonlocal doomed
+        shown = {(query.item_id, candidate.item_id) for query, candidates in groups for candidate in candidates}
+        doomed = poison in shown if poison else victim != "nobody" and not Path(log, "died").exists()
+        return score_groups(groups)
+
+    judge.engine._engine.step, judge.score_groups = dying_step, score  # type: ignore[method-assign]
     return judge
+
+
+def load_slow(config: JudgeConfig, log: str, seconds: float) -> Judge:
+    """vLLM as judge, slowed down; it writes how many pairs it scores."""
+    judge = load_dying(config, log, "nobody")
+    score_groups = judge.score_groups
+
+    def score(groups: Any) -> Any:
+        time.sleep(seconds)
+        with open(Path(log, "pairs"), "a") as file:
+            file.write(f"{sum(len(candidates) for _, candidates in groups)}\n")
+        return score_groups(groups)
+
+    judge.score_groups = score  # type: ignore[method-assign]
+    return judge
+
+
+def drive(root: str, log: str, seconds: str) -> None:
+    """What a driver of its own does: `driver` judges on a cluster of its own."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    run = Run(root)
+    run_judge(run, config_of(run), "driver", load=partial(load_slow, log=log, seconds=float(seconds)))
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +104,17 @@ def mined(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[Pair, flo
 
 def config_of(run: Run) -> RunConfig:
     vllm = {"engine": "vllm", "vllm": APART, "queries_per_batch": 1, "max_error_rate": 0.5}
-    return RunConfig.model_validate({"run": run.root, "judges": {"actor": vllm}})
+    return RunConfig.model_validate({"run": run.root, "judges": {"actor": vllm, "poison": vllm, "driver": vllm}})
 
 
-def assert_scored(run: Run, name: str, expected: dict[Pair, float | None]) -> None:
-    """All pairs are there, with the scores of transformers."""
+def assert_scored(run: Run, name: str, expected: dict[Pair, float | None], failed: Pair | None = None) -> None:
+    """All pairs are there, with the scores of transformers; `failed` has its error instead."""
     rows = run.artifact("judgements", name).read().to_pylist()
     found = {(row["query_id"], row["candidate_id"]): row for row in rows}
     assert found.keys() == expected.keys()
-    assert not any(row["error"] for row in found.values())
-    assert max(abs(row["score"] - (expected[pair] or 0)) for pair, row in found.items()) <= 1e-4
+    assert {pair: row["error"] for pair, row in found.items() if row["error"]} == ({failed: POISON} if failed else {})
+    gaps = [abs(row["score"] - (expected[pair] or 0)) for pair, row in found.items() if pair != failed]
+    assert max(gaps) <= 1e-4
 
 
 def engines(log: Path) -> list[int]:
@@ -94,7 +130,65 @@ def assert_gone(pids: list[int]) -> None:
 
 def test_an_engine_ends_with_its_actor_and_the_job_goes_on(mined: tuple[Run, dict], tmp_path: Path) -> None:
     run, expected = mined
-    run_judge(run, config_of(run), "actor", load=partial(load_dying, log=str(tmp_path)))
+    run_judge(run, config_of(run), "actor", load=partial(load_dying, log=str(tmp_path), victim="actor"))
     assert_scored(run, "actor", expected)
     assert len(engines(tmp_path)) == 2
     assert_gone(engines(tmp_path))
+
+
+def test_a_dead_engine_is_replaced_and_a_pair_that_kills_it_twice_is_its_own_error(
+    mined: tuple[Run, dict], tmp_path: Path
+) -> None:
+    run, expected = mined
+    poison = sorted(expected)[len(expected) // 2]
+    load = partial(load_dying, log=str(tmp_path), victim="engine", poison=poison)
+    manifest = run_judge(run, config_of(run), "poison", load=load)
+    assert_scored(run, "poison", expected, failed=poison)
+    assert manifest.counts["errors"] == 1
+    assert len(engines(tmp_path)) == 4  # with its query, twice alone, without it
+
+
+def start(run: Run, log: Path, seconds: float) -> subprocess.Popen:
+    code = f"from tests.vllm.test_vllm_death import drive; drive({run.root!r}, {str(log)!r}, {seconds!r})"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("RAY_ADDRESS", None)
+    with open(log / "output", "a") as output:
+        command = [sys.executable, "-c", code]
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+
+
+def end_session(session: int) -> None:
+    """Kill what is left of a driver's own cluster."""
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session:
+                process.kill()
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+
+
+def test_a_killed_driver_judges_only_what_is_missing(mined: tuple[Run, dict], tmp_path: Path) -> None:
+    run, expected = mined
+    checkpoints = Path(run.artifact("judgements", "driver").child("checkpoint"))
+    driver = start(run, tmp_path, 0.5)
+    try:
+        while len([path for path in checkpoints.glob("*.parquet") if "pending" not in path.name]) < 4:
+            assert driver.poll() is None, (tmp_path / "output").read_text()[-3000:]
+            time.sleep(0.05)
+        driver.kill()
+        driver.wait()
+        assert_gone(engines(tmp_path))
+    finally:
+        end_session(driver.pid)
+    kept = pads.dataset([str(path) for path in checkpoints.glob("*.parquet") if "pending" not in path.name])
+    queries = set(kept.to_table().column(0).to_pylist())
+    missing = [pair for pair in expected if pair[0] not in queries]
+    assert 0 < len(missing) < len(expected) and run.artifact("judgements", "driver").manifest() is None
+    (tmp_path / "pairs").unlink()
+    driver = start(run, tmp_path, 0.0)
+    try:
+        assert driver.wait(300) == 0, (tmp_path / "output").read_text()[-3000:]
+    finally:
+        end_session(driver.pid)
+    assert sum(int(line) for line in (tmp_path / "pairs").read_text().split()) == len(missing)
+    assert_scored(run, "driver", expected)
