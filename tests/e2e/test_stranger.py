@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import pytest
 import stranger
@@ -15,16 +16,18 @@ from unime_ray.artifacts import Run
 LIMIT = 420
 
 
-def unime(*arguments: str) -> subprocess.CompletedProcess:
+def unime(
+    *arguments: str, environment: Mapping[str, str] = os.environ, limit: float = LIMIT
+) -> subprocess.CompletedProcess:
     """Run the command line in a process group of its own, so that a stuck run can be ended whole."""
     command = [sys.executable, "-m", "unime_ray.cli", *arguments]
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "COLUMNS": "200"}
+    environment = dict(environment) | {"RAY_AUTH_MODE": "disabled", "COLUMNS": "200"}
     environment.pop("RAY_ADDRESS", None)
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        out, err = process.communicate(timeout=LIMIT)
+        out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
