@@ -19,6 +19,20 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 WAIT_SECONDS = 60.0
 """For anything: a machine under load is slow, and what never happens fails all the same."""
+MIDDLE = """async (selector) => {
+    const element = document.querySelector(selector);
+    if (!element) return null;
+    element.scrollIntoView({ block: 'center', behavior: 'instant' });
+    const frame = () => new Promise((resolve) => requestAnimationFrame(resolve));
+    await frame();
+    const before = element.getBoundingClientRect();
+    await frame();
+    const box = element.getBoundingClientRect();
+    const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
+    const still = box.x === before.x && box.y === before.y && box.width && box.height;
+    return still && element.contains(document.elementFromPoint(x, y)) ? [x, y] : null;
+}"""
+"""The middle of an element; null while it is not there, moves, or is covered by something else."""
 
 
 class Page:
@@ -71,7 +85,8 @@ class Page:
         return value
 
     async def type(self, text: str) -> None:
-        """Type into what has the focus."""
+        """Type into the field that has the focus; the page may give it only with its first frame."""
+        await self.until("document.activeElement?.matches('input, textarea')")
         await self.send("Input.insertText", text=text)
 
     async def press(self, key: str, code: str | None = None) -> None:
@@ -86,10 +101,8 @@ class Page:
         await self.send("Input.dispatchKeyEvent", type="keyUp", key=key, code=code or key)
 
     async def click(self, selector: str) -> None:
-        """A real mouse click in the middle of an element."""
-        await self.run(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-        box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
-        x, y = await self.run(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
+        """A real mouse click in the middle of an element, once it stands still there with nothing over it."""
+        x, y = await self.until(f"({MIDDLE})({json.dumps(selector)})")
         for kind in ("mousePressed", "mouseReleased"):
             await self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

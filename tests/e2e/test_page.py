@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
 ]
 SEARCHED = "!document.getElementById('summary').hidden && !document.querySelector('.busy')"
+THUMB = "document.getElementById('thumb')"
 CARDS = "document.querySelectorAll('#results .card').length"
 
 
@@ -72,6 +73,14 @@ def address(tmp_path: Path, reranker: FakeReranker) -> Iterator[str]:
         yield url
 
 
+async def searching(page: Page, action: Awaitable[None]) -> None:
+    """Do something that must start a search, and wait for the answer of one that began after it."""
+    asked = "performance.getEntriesByType('resource').filter(e => e.name.endsWith('/v1/search')).length"
+    before = await page.run(asked)
+    await action
+    await page.until(f"{asked} > {before} && {SEARCHED}")
+
+
 async def captions(page: Page) -> list[str]:
     return await page.run("[...document.querySelectorAll('#results .card')].map(c => c.getAttribute('aria-label'))")
 
@@ -94,23 +103,23 @@ def test_type_drop_paste_and_click(tmp_path: Path, address: str) -> None:
     async def steps(page: Page) -> None:
         await page.until(f"{CARDS} > 5")
         await page.type("red")
-        await page.press("Enter")
-        await page.until(SEARCHED)
+        await searching(page, page.press("Enter"))
         assert await page.run(CARDS) == 12
         assert await page.run("document.querySelectorAll('#results .move.up').length") > 0, "moves are shown"
         await page.until("[...document.images].some(i => i.naturalWidth > 0)")
-        await page.click("#rerank-label")
-        await page.until("!document.querySelector('#results .move') && !document.querySelector('.busy')")
+        await searching(page, page.click("#rerank-label"))
+        assert not await page.run("document.querySelector('#results .move')")
         assert "the color red" in " ".join((await captions(page))[:2])
         for event, color in (("drop", "blue"), ("paste", "green")):
-            await hand_over(page, event, picture(color))
-            await page.until("!document.getElementById('thumb').hidden")
-            label = "[...document.querySelectorAll('#results .card')].slice(0, 2)"
-            await page.until(f"{label}.some(c => c.getAttribute('aria-label').includes('the color {color}'))")
-        await page.click("#results li:nth-child(1) .card")
-        await page.until(SEARCHED)
+            await searching(page, hand_over(page, event, picture(color)))
+            assert not await page.run(f"{THUMB}.hidden")
+            assert f"the color {color}" in " ".join((await captions(page))[:2])
+        shown = await page.run(f"{THUMB}.querySelector('img').src")
+        # A card with a picture, and another one than was pasted: its picture becomes the question.
+        await searching(page, page.click("#results li:nth-child(n + 4):has(img) .card"))
+        assert await page.run(f"{THUMB}.querySelector('img').src") not in ("", shown)
         await page.click("#thumb-remove")
-        await page.until("document.getElementById('thumb').hidden")
+        await page.until(f"{THUMB}.hidden && !document.getElementById('intro').hidden")
         assert page.console == []
 
     visit(tmp_path, address, steps)
@@ -199,6 +208,7 @@ def test_themes_and_a_phone_without_sideways_scrolling(tmp_path: Path, address: 
         await page.click("#theme")
         assert await page.run("document.documentElement.dataset.theme") == "light"
         await page.size(390, 844, mobile=True, scale=2)
+        await page.click("#text")  # the button that was clicked has the focus
         await page.type("red")
         await page.press("Enter")
         await page.until(SEARCHED)
