@@ -129,8 +129,7 @@ def test_keys_walk_the_results_and_search_with_one(tmp_path: Path, address: str)
     async def steps(page: Page) -> None:
         await page.until(f"{CARDS} > 5")
         await page.type("red")
-        await page.press("Enter")
-        await page.until(SEARCHED)
+        await searching(page, page.press("Enter"))
         await page.press("ArrowDown")
         await page.press("ArrowRight")
         at = "[...document.querySelectorAll('.card')].indexOf(document.activeElement)"
@@ -210,8 +209,7 @@ def test_themes_and_a_phone_without_sideways_scrolling(tmp_path: Path, address: 
         await page.size(390, 844, mobile=True, scale=2)
         await page.click("#text")  # the button that was clicked has the focus
         await page.type("red")
-        await page.press("Enter")
-        await page.until(SEARCHED)
+        await searching(page, page.press("Enter"))
         await page.run("document.querySelector('#task option').textContent = 'a long instruction '.repeat(9)")
         assert await page.run("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
         columns = "getComputedStyle(document.getElementById('results')).gridTemplateColumns.split(' ').length"
