@@ -7,7 +7,7 @@
 Mining runs once, by the stages, on a local Ray; then every (arm, seed) is trained and measured in this process, one
 after the other, each arm with seed 0 before any with seed 1. A result is a Parquet file, so a run that was cut off goes
 on where it was. Learning rates are chosen on the dev split, once a family of arms, on the same ladder;
-nothing else looks at dev, and test is looked at once. `--report` draws the tables and plots again from what is there.
+no other choice looks at dev, and none at test. `--report` draws the tables and plots again from what is there.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pyarrow.parquet as pq
 from ablation_arms import BASE, JUDGE_MODELS, LEARNING_RATES, Arm, arms
 from ablation_lab import Lab, mine
-from ablation_report import mean_hit, write_report
+from ablation_report import DEV_GROUPS, file_name, mean_hit, result_path, write_report
 
 import unime_ray
 from unime_ray.artifacts import Run
@@ -110,40 +111,60 @@ def best_rate(tried: Callable[[float], float]) -> float:
 
 
 def _tried(lab: Lab, arm: Arm, rate: float) -> float:
-    path = lab.out / "dev" / f"{_file_name(arm.name)}-{rate:g}.parquet"
+    path = _tried_path(lab, arm, rate)
     if not path.exists():
-        _run_arm(lab, arm, 0, rate, "dev", path)
+        _run_arm(lab, arm, 0, rate, {"dev": path})
     return mean_hit(pq.read_table(path))
 
 
+def _tried_path(lab: Lab, arm: Arm, rate: float) -> Path:
+    return lab.out / "dev" / f"{file_name(arm.name)}-{rate:g}.parquet"
+
+
 def _one(lab: Lab, arm: Arm, seed: int, rate: float | None, quick: bool) -> None:
-    path = lab.out / "results" / f"{_file_name(arm.name)}-{seed}.parquet"
-    if not path.exists():
-        _run_arm(lab, arm, seed, rate, "test", path, QUICK_STEPS if quick else None)
+    """Results of one arm and seed on test, and on dev where the arm's group is shown there, unless they are there."""
+    paths = {split: result_path(lab.out, arm.name, seed, split) for split in _splits(arm)}
+    if rate is not None and seed == 0 and "dev" in paths:
+        _take_over(_tried_path(lab, arm, rate), paths["dev"])
+    paths = {split: path for split, path in paths.items() if not path.exists()}
+    if paths:
+        _run_arm(lab, arm, seed, rate, paths, QUICK_STEPS if quick else None)
+
+
+def _splits(arm: Arm) -> tuple[str, ...]:
+    return ("test", "dev") if arm.group in DEV_GROUPS else ("test",)
+
+
+def _take_over(tried: Path, path: Path) -> None:
+    """The choice of a rate has trained this arm with this seed already."""
+    if tried.exists() and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tried, path)
 
 
 def _run_arm(
-    lab: Lab, arm: Arm, seed: int, rate: float | None, split: str, path: Path, steps: int | None = None
+    lab: Lab, arm: Arm, seed: int, rate: float | None, paths: Mapping[str, Path], steps: int | None = None
 ) -> None:
-    """Train and measure; the table is written last and whole, so that it is there or not."""
+    """Train, and measure on the splits of `paths`; a table is written last and whole, so that it is there or not."""
     began, facts = time.perf_counter(), {"arm": arm.name, "seed": seed, "learning_rate": rate}
-    if arm.name == BASE:
-        table = lab.retrieve(lab.reference, split)
-    else:
+    backbone = lab.reference
+    if arm.name != BASE:
         config = arm.reranker(seed, steps) if arm.rerank else arm.config(seed, rate, steps)
         examples, counts = lab.negatives(arm.judge, arm.selection(lab.config.select), arm.hard_labels)
         setting, cost = lab.train(config, examples)
-        if arm.rerank is None:
-            table = lab.retrieve(setting.backbone, split)
-        else:
-            table = lab.rerank(setting.backbone, lab.retrieve(lab.reference, split), *arm.rerank)
+        backbone = setting.backbone
         facts |= cost | {"judge": lab.judge_figures(arm.judge), "selected": dict(counts)}
-    facts["seconds"] = round(time.perf_counter() - began, 1)
-    _save(path, table.select(KEPT), facts)
-    print(
-        f"{split} {arm.name} seed {seed} lr {rate}: hit@1 {100 * mean_hit(table):.2f} in {facts['seconds']} s",
-        flush=True,
-    )
+    for split, path in paths.items():
+        if arm.rerank is None:
+            table = lab.retrieve(backbone, split)
+        else:
+            table = lab.rerank(backbone, lab.retrieve(lab.reference, split), *arm.rerank)
+        facts["seconds"] = round(time.perf_counter() - began, 1)
+        _save(path, table.select(KEPT), facts)
+        print(
+            f"{split} {arm.name} seed {seed} lr {rate}: hit@1 {100 * mean_hit(table):.2f} in {facts['seconds']} s",
+            flush=True,
+        )
 
 
 def _save(path: Path, table: Any, facts: dict[str, Any]) -> None:
@@ -151,10 +172,6 @@ def _save(path: Path, table: Any, facts: dict[str, Any]) -> None:
     half = path.with_suffix(f".{os.getpid()}.tmp")
     pq.write_table(table.replace_schema_metadata({"facts": json.dumps(facts)}), half)
     os.replace(half, path)
-
-
-def _file_name(name: str) -> str:
-    return name.replace("/", "__")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ SAMPLES = 2000
 METRICS = ("hit@1", "mrr")
 ADAPTED, ELSEWHERE = ("queries", "concepts", "compositions"), ("artist",)
 """Kinds of test sets: what adaptation is for, and what it may cost."""
+DEV_GROUPS = ("losses", "judges")
+"""Groups of arms that are shown on dev, too."""
 GROUPS = {
     "losses": "Losses and negatives",
     "judges": "Judges",
@@ -65,11 +67,21 @@ def mean_hit(table: pa.Table, kinds: Sequence[str] = ADAPTED) -> float:
     return float(np.mean([hits[names == name].mean() for name in np.unique(names) if of_kind(name, kinds)]))
 
 
-def load_results(out: Path, arms: Sequence[Arm]) -> dict[str, Result]:
-    """The arms that have results, by name."""
+def file_name(arm: str) -> str:
+    return arm.replace("/", "__")
+
+
+def result_path(out: Path, arm: str, seed: int | str, split: str) -> Path:
+    return out / ("results" if split == "test" else f"results_{split}") / f"{file_name(arm)}-{seed}.parquet"
+
+
+def load_results(out: Path, arms: Sequence[Arm], split: str = "test") -> dict[str, Result]:
+    """The arms that have results on a split, by name. Seeds are counted from 0 without a gap."""
     found = {}
     for arm in arms:
-        paths = sorted((out / "results").glob(f"{arm.name.replace('/', '__')}-[0-9]*.parquet"))
+        paths = []
+        while (path := result_path(out, arm.name, len(paths), split)).exists():
+            paths.append(path)
         if paths:
             found[arm.name] = _result(arm, paths)
     return found
@@ -140,8 +152,10 @@ def write_report(out: Path, arms: Sequence[Arm]) -> None:
     if BASE not in results or INFONCE not in results:
         print(f"no report yet: it needs the arms {BASE} and {INFONCE}")
         return
-    dev = ["### Rates tried on dev", "", *dev_table(out), ""]
-    (out / "table.md").write_text("\n".join([*_tables(results), *dev]) + "\n", encoding="utf-8")
+    dev = load_results(out, arms, "dev")
+    lines = _tables(results) + (_tables(dev, ", on dev") if BASE in dev and INFONCE in dev else [])
+    lines += ["### Rates tried on dev", "", *dev_table(out), ""]
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     losses = [result for result in results.values() if result.arm.group == "losses" and result.arm.name != BASE]
     points = [_point(result, results[BASE]) for result in losses]
     (out / "losses.svg").write_text(dots_with_intervals(points, "hit@1 gained over base, points"), encoding="utf-8")
@@ -173,12 +187,12 @@ def _judge_points(results: dict[str, Result], family: str) -> list[Point]:
     return sorted(points, key=lambda point: point.x)
 
 
-def _tables(results: dict[str, Result]) -> list[str]:
+def _tables(results: dict[str, Result], where: str = "") -> list[str]:
     lines: list[str] = []
     for group, title in GROUPS.items():
         members = [result for result in results.values() if result.arm.group == group]
         if members:
-            lines += [f"### {title}", "", *_table(members, results), ""]
+            lines += [f"### {title}{where}", "", *_table(members, results), ""]
     return lines
 
 
