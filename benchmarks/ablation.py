@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pyarrow.parquet as pq
 from ablation_arms import BASE, JUDGE_MODELS, LEARNING_RATES, Arm, arms
 from ablation_lab import Lab, mine
-from ablation_report import DEV_GROUPS, file_name, mean_hit, result_path, write_report
+from ablation_report import SHOWN_ON, file_name, mean_hit, result_path, write_report
 
 import unime_ray
 from unime_ray.artifacts import Run
@@ -122,7 +122,7 @@ def _tried_path(lab: Lab, arm: Arm, rate: float) -> Path:
 
 
 def _one(lab: Lab, arm: Arm, seed: int, rate: float | None, quick: bool) -> None:
-    """Results of one arm and seed on test, and on dev where the arm's group is shown there, unless they are there."""
+    """Results of one arm and seed on test, and where its group is shown on dev and train; what is there stays."""
     paths = {split: result_path(lab.out, arm.name, seed, split) for split in _splits(arm)}
     if rate is not None and seed == 0 and "dev" in paths:
         _take_over(_tried_path(lab, arm, rate), paths["dev"])
@@ -132,7 +132,7 @@ def _one(lab: Lab, arm: Arm, seed: int, rate: float | None, quick: bool) -> None
 
 
 def _splits(arm: Arm) -> tuple[str, ...]:
-    return ("test", "dev") if arm.group in DEV_GROUPS else ("test",)
+    return ("test", *(split for split, groups in SHOWN_ON.items() if arm.group in groups))
 
 
 def _take_over(tried: Path, path: Path) -> None:

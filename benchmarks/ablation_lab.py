@@ -45,6 +45,7 @@ from unime_ray.train.worker import Setting, prepare
 KS = (1, 10)
 TOP_K = 10
 EVALUATION_TOKENS = 16384
+TRAIN, TRAINED_QUERIES = "train", 250
 NO_JUDGE = "none"
 ORACLE = "oracle"
 
@@ -187,8 +188,21 @@ class Lab:
     # --- measuring ----------------------------------------------------------------------------------------------------
 
     def _protocol(self, split: str) -> Protocol:
-        settings = self.config.evaluate.model_copy(update={"splits": (split,)})
-        return load_protocol(self.run, self.config.model_copy(update={"evaluate": settings}))
+        """The test sets of a split. Of `train` they are a sample of the queries trained with, in the mined pool."""
+        changes: dict[str, Any] = {"splits": (split,)} | ({"max_queries": TRAINED_QUERIES} if split == TRAIN else {})
+        settings = self.config.evaluate.model_copy(update=changes)
+        protocol = load_protocol(self.run, self.config.model_copy(update={"evaluate": settings}))
+        if split == TRAIN:
+            self._pass_over_hidden_positives(protocol)
+        return protocol
+
+    def _pass_over_hidden_positives(self, protocol: Protocol) -> None:
+        """The pool shows an emoji more than once, and a training query declares one of the pictures its positive."""
+        about = defaultdict(set)
+        for item, concept in self._concepts.items():
+            about[concept].add(item)
+        for query in (query for one in protocol.sets for query in one.queries):
+            query.known |= about.get(self._concepts.get(query.query_id, ""), set())
 
     def _tokenised(self, split: str) -> dict[bytes, Segment]:
         ids = self.protocol(split).item_ids()

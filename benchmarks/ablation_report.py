@@ -26,8 +26,10 @@ SAMPLES = 2000
 METRICS = ("hit@1", "mrr")
 ADAPTED, ELSEWHERE = ("queries", "concepts", "compositions"), ("artist",)
 """Kinds of test sets: what adaptation is for, and what it may cost."""
-DEV_GROUPS = ("losses", "judges")
-"""Groups of arms that are shown on dev, too."""
+TRAINED = ("t2i", "i2t")
+"""Kinds of the test sets of split train: a sample of the queries trained with."""
+SHOWN_ON = {"dev": ("losses", "judges"), "train": ("losses",)}
+"""Groups of arms that are shown on other splits, too."""
 GROUPS = {
     "losses": "Losses and negatives",
     "judges": "Judges",
@@ -152,8 +154,10 @@ def write_report(out: Path, arms: Sequence[Arm]) -> None:
     if BASE not in results or INFONCE not in results:
         print(f"no report yet: it needs the arms {BASE} and {INFONCE}")
         return
-    dev = load_results(out, arms, "dev")
-    lines = _tables(results) + (_tables(dev, ", on dev") if BASE in dev and INFONCE in dev else [])
+    lines = _tables(results)
+    for split, kinds in (("dev", ADAPTED), ("train", TRAINED)):
+        found = load_results(out, arms, split)
+        lines += _tables(found, f", on {split}", kinds) if BASE in found and INFONCE in found else []
     lines += ["### Rates tried on dev", "", *dev_table(out), ""]
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     losses = [result for result in results.values() if result.arm.group == "losses" and result.arm.name != BASE]
@@ -187,27 +191,30 @@ def _judge_points(results: dict[str, Result], family: str) -> list[Point]:
     return sorted(points, key=lambda point: point.x)
 
 
-def _tables(results: dict[str, Result], where: str = "") -> list[str]:
+def _tables(results: dict[str, Result], where: str = "", kinds: Sequence[str] = ADAPTED) -> list[str]:
     lines: list[str] = []
     for group, title in GROUPS.items():
         members = [result for result in results.values() if result.arm.group == group]
         if members:
-            lines += [f"### {title}{where}", "", *_table(members, results), ""]
+            lines += [f"### {title}{where}", "", *_table(members, results, kinds), ""]
     return lines
 
 
-def _table(members: Sequence[Result], results: dict[str, Result]) -> list[str]:
-    judged = members[0].arm.group == "judges"
-    heads = ["arm", "what", "seeds", "lr", "items", *ADAPTED, "mean", "- base", "- infonce", *ELSEWHERE, "- base"]
+def _table(members: Sequence[Result], results: dict[str, Result], kinds: Sequence[str]) -> list[str]:
+    """hit@1 over `kinds` and its gains; beside them the tests of another artist, of which train has none."""
+    judged, beside = members[0].arm.group == "judges", ELSEWHERE if kinds == ADAPTED else ()
+    heads = ["arm", "what", "seeds", "lr", "items", *kinds, "mean", "- base", "- infonce"]
+    heads += [*beside, "- base"] if beside else []
     heads[5:5] = ["judge's AUC", "filter: precision, recall"] if judged else []
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for result in members:
         facts = result.facts[0]
         cells = [f"`{result.arm.name}`", result.arm.what, str(result.seeds), _rate(facts), f"{facts.get('items', 0):,}"]
         cells += _judge_cells(facts["judge"]) if judged else []
-        cells += [f"{result.mean('hit@1', [kind]):.1f}" for kind in ADAPTED] + [f"{result.mean('hit@1'):.1f}"]
-        cells += [_against(result, results[name], ADAPTED) for name in (BASE, INFONCE)]
-        cells += [f"{result.mean('hit@1', ELSEWHERE):.1f}", _against(result, results[BASE], ELSEWHERE)]
+        cells += [f"{result.mean('hit@1', [kind]):.1f}" for kind in kinds] + [f"{result.mean('hit@1', kinds):.1f}"]
+        cells += [_against(result, results[name], kinds) for name in (BASE, INFONCE)]
+        if beside:
+            cells += [f"{result.mean('hit@1', beside):.1f}", _against(result, results[BASE], beside)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
