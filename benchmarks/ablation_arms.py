@@ -101,6 +101,14 @@ def _losses() -> Iterable[Arm]:
         "infonce_wide", "losses", "InfoNCE with as many items a step as k = 3", train=plain | wide, family=INFONCE
     )
     yield Arm(
+        "hard_filtered_wide",
+        "losses",
+        "`hard_filtered` with as many queries a step",
+        train=hard | wide,
+        family="hard_filtered",
+    )
+    yield Arm("hybrid_wide", "losses", "`hybrid` with as many queries a step", train=HYBRID | wide, family="hybrid")
+    yield Arm(
         "unime_v1",
         "losses",
         "UniME V1: hardest 8 of the batch",
