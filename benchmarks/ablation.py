@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pyarrow.parquet as pq
 from ablation_arms import BASE, JUDGE_MODELS, LEARNING_RATES, Arm, arms
 from ablation_lab import Lab, mine
-from ablation_report import SHOWN_ON, file_name, mean_hit, result_path, write_report
+from ablation_report import KINDS, SHOWN_ON, file_name, mean_hit, result_path, write_report
 
 import unime_ray
 from unime_ray.artifacts import Run
@@ -162,7 +162,8 @@ def _run_arm(
         facts["seconds"] = round(time.perf_counter() - began, 1)
         _save(path, table.select(KEPT), facts)
         print(
-            f"{split} {arm.name} seed {seed} lr {rate}: hit@1 {100 * mean_hit(table):.2f} in {facts['seconds']} s",
+            f"{split} {arm.name} seed {seed} lr {rate}: hit@1 {100 * mean_hit(table, KINDS[split]):.2f} "
+            f"in {facts['seconds']} s",
             flush=True,
         )
 

@@ -28,6 +28,7 @@ ADAPTED, ELSEWHERE = ("queries", "concepts", "compositions"), ("artist",)
 """Kinds of test sets: what adaptation is for, and what it may cost."""
 TRAINED = ("t2i", "i2t")
 """Kinds of the test sets of split train: a sample of the queries trained with."""
+KINDS = {"test": ADAPTED, "dev": ADAPTED, "train": TRAINED}
 SHOWN_ON = {"dev": ("losses", "judges"), "train": ("losses",)}
 """Groups of arms that are shown on other splits, too."""
 GROUPS = {
@@ -155,9 +156,9 @@ def write_report(out: Path, arms: Sequence[Arm]) -> None:
         print(f"no report yet: it needs the arms {BASE} and {INFONCE}")
         return
     lines = _tables(results)
-    for split, kinds in (("dev", ADAPTED), ("train", TRAINED)):
+    for split in SHOWN_ON:
         found = load_results(out, arms, split)
-        lines += _tables(found, f", on {split}", kinds) if BASE in found and INFONCE in found else []
+        lines += _tables(found, f", on {split}", KINDS[split]) if BASE in found and INFONCE in found else []
     lines += ["### Rates tried on dev", "", *dev_table(out), ""]
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     losses = [result for result in results.values() if result.arm.group == "losses" and result.arm.name != BASE]
