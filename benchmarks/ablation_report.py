@@ -149,16 +149,59 @@ def dev_table(out: Path) -> list[str]:
     ]
 
 
+PAIRS = (
+    ("hard_filtered", "infonce"),
+    ("hybrid", "infonce"),
+    ("hard_filtered", "hard_unjudged"),
+    ("hybrid", "hard_filtered"),
+    ("hard_filtered_wide", "infonce_wide"),
+    ("hybrid_wide", "infonce_wide"),
+    ("infonce_wide", "hard_filtered"),
+)
+"""Differences that the claim is about: judged negatives at equal queries, the filter, the scores; equal items."""
+
+
+def pairs_table(found: dict[str, dict[str, Result]]) -> list[str]:
+    """Differences of `PAIRS` on each split of `found`, and on the sets of test and dev together."""
+    both = {name: _together(found["test"][name], found["dev"][name]) for name in found["test"] if name in found["dev"]}
+    columns = {"test": (found["test"], ADAPTED), "dev": (found["dev"], ADAPTED), "test and dev": (both, ADAPTED)}
+    columns["queries trained with"] = found["train"], TRAINED
+    lines = ["| arms | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for a, b in PAIRS:
+        if a in both and b in both:
+            cells = [
+                str(gain(results[a], results[b], kinds=kinds)) if a in results and b in results else ""
+                for results, kinds in columns.values()
+            ]
+            lines.append(f"| `{a}` - `{b}` | {min(both[a].seeds, both[b].seeds)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _together(test: Result, dev: Result) -> Result:
+    """The sets of two splits as one result, of the seeds that both have."""
+    seeds = min(test.seeds, dev.seeds)
+    values = {
+        metric: {
+            f"{split}_{name}": rows[:seeds]
+            for split, one in (("test", test), ("dev", dev))
+            for name, rows in one.values[metric].items()
+        }
+        for metric in METRICS
+    }
+    return Result(test.arm, values, test.facts[:seeds])
+
+
 def write_report(out: Path, arms: Sequence[Arm]) -> None:
     """`table.md`, `losses.svg` and `judges.svg` in `out`."""
     results = load_results(out, arms)
     if BASE not in results or INFONCE not in results:
         print(f"no report yet: it needs the arms {BASE} and {INFONCE}")
         return
-    lines = _tables(results)
+    shown = {"test": results} | {split: load_results(out, arms, split) for split in SHOWN_ON}
+    lines = ["### Differences", "", *pairs_table(shown), "", *_tables(results)]
     for split in SHOWN_ON:
-        found = load_results(out, arms, split)
-        lines += _tables(found, f", on {split}", KINDS[split]) if BASE in found and INFONCE in found else []
+        if {BASE, INFONCE} <= shown[split].keys():
+            lines += _tables(shown[split], f", on {split}", KINDS[split])
     lines += ["### Rates tried on dev", "", *dev_table(out), ""]
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     losses = [result for result in results.values() if result.arm.group == "losses" and result.arm.name != BASE]

@@ -25,7 +25,7 @@ ARMS = {arm.name: arm for arm in ablation_arms.arms()}
 JUDGE = {"hidden_auc": 0.9, "precision": 1.0, "recall": 0.5}
 
 
-def save(out: Path, name: str, seed: int, hits: np.ndarray) -> None:
+def save(out: Path, name: str, seed: int, hits: np.ndarray, split: str = "test") -> None:
     """One result file: as many test sets of as many queries each."""
     sets = [f"emoji_t2i_{kind}" for kind in (*ablation_report.ADAPTED, *ablation_report.ELSEWHERE)]
     count = len(hits)
@@ -38,7 +38,7 @@ def save(out: Path, name: str, seed: int, hits: np.ndarray) -> None:
         }
     )
     facts = {"arm": name, "seed": seed, "learning_rate": 1e-4, "items": 1000, "judge": JUDGE}
-    path = out / "results" / f"{name.replace('/', '__')}-{seed}.parquet"
+    path = ablation_report.result_path(out, name, seed, split)
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.replace_schema_metadata({"facts": json.dumps(facts)}), path)
 
@@ -132,6 +132,20 @@ def test_seeds_that_disagree_widen_the_interval(tmp_path):
         assert found.value == pytest.approx(10.0, abs=0.5)
         widths[name] = found.high - found.low
     assert widths["hybrid"] > 1.3 * widths["infonce"]
+
+
+def test_differences_are_shown_on_each_split_and_on_both_together(tmp_path):
+    base = np.zeros(300, dtype=int)
+    hits = {"test": base.copy(), "dev": base.copy()}
+    hits["test"][::10] = 1
+    hits["dev"][::5] = 1
+    for split, better in hits.items():
+        for name, values in (("infonce", base), ("hybrid", better)):
+            save(tmp_path, name, 0, values, split)
+    found = {split: ablation_report.load_results(tmp_path, list(ARMS.values()), split) for split in (*hits, "train")}
+    (row,) = [line for line in ablation_report.pairs_table(found) if "`hybrid` - `infonce`" in line]
+    shown = [cell.split(" (")[0].strip() for cell in row.split("|")[3:-1]]
+    assert shown == ["+10.2", "+20.0", "+15.1", ""]
 
 
 def test_the_report_has_a_row_an_arm_and_plots_that_parse(tmp_path):
