@@ -14,32 +14,16 @@ import mining_run
 import pyarrow as pa
 import pytest
 
+from tests.s3_server import s3_bucket
+
 pytest.importorskip("imagehash")
-REGION = "us-east-1"
 
 
 @pytest.fixture
-def bucket(tiny_pictures, monkeypatch):
+def bucket(tiny_pictures):
     """(URI of a bucket that holds a corpus, environment of its users)."""
-    moto_server = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    names = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": REGION}
-    client = boto3.client(
-        "s3",
-        endpoint_url=f"http://{host}:{port}",
-        region_name=REGION,
-        aws_access_key_id="key",
-        aws_secret_access_key="secret",
-    )
-    client.create_bucket(Bucket="bucket")
-    for key, data in corpus_files(tiny_pictures).items():
-        client.put_object(Bucket="bucket", Key=f"corpus/{key}", Body=data)
-    environment = os.environ | names | {"AWS_EC2_METADATA_DISABLED": "true", "RAY_AUTH_MODE": "disabled"}
-    yield f"s3://bucket?endpoint_override={host}:{port}&scheme=http&region={REGION}", environment
-    server.stop()
+    with s3_bucket({f"corpus/{key}": data for key, data in corpus_files(tiny_pictures).items()}) as found:
+        yield found
 
 
 def corpus_files(pictures: dict[str, bytes]) -> dict[str, bytes]:
