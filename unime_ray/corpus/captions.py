@@ -7,6 +7,7 @@ An annotation file is read whole, by each process once, and must stay below `MAX
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +102,21 @@ def read_whole(file: str) -> bytes:
         if size > MAX_BYTES:
             raise CorpusError(f"{file}: {size} bytes; an annotation file may have {MAX_BYTES}: split it, or use jsonl")
         return stream.read()
+
+
+def read_object(file: str, fix: str) -> dict[str, Any]:
+    """The one object that a JSON file holds.
+
+    Raises:
+        CorpusError: it does not, or is too large to be read whole; the message ends with `fix`.
+    """
+    try:
+        content = json.loads(read_whole(file))
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"{file}: not valid JSON: {' '.join(str(error).split())}; {fix}") from error
+    if not isinstance(content, dict):
+        raise CorpusError(f"{file}: holds {type(content).__name__}, not an object; {fix}")
+    return content
 
 
 def stamp(file: str) -> tuple[int, int]:

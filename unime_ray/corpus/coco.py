@@ -7,11 +7,10 @@ picture is refused under a number after the last.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from unime_ray.corpus.captions import Captioned, CaptionReader, read_whole, stamp
+from unime_ray.corpus.captions import Captioned, CaptionReader, read_object, stamp
 from unime_ray.errors import CorpusError
 
 
@@ -29,7 +28,7 @@ READER = CaptionReader(load)
 
 @functools.lru_cache(maxsize=2)
 def _load(file: str, _stamp: tuple[int, int]) -> Sequence[Captioned]:
-    content = parse_object(file)
+    content = read_object(file, "an annotation file holds one, with `images`")
     images, annotations = (_objects(content, key, file) for key in ("images", "annotations"))
     if annotations and not any("caption" in one for one in annotations):
         raise CorpusError(f"{file}: no annotation has a `caption`; COCO's captions are in captions_*.json")
@@ -55,21 +54,6 @@ def _captioned(image: dict[str, Any], captions: dict[Any, list[Any]]) -> Caption
         return Captioned("", (), str(name), problem=f"image {str(name)[:80]!r} has no `id` that is a number or a text")
     problem = None if isinstance(name, str) and name else f"image {key!r} has no `file_name`"
     return Captioned(str(name), captions[key], str(key), problem=problem)
-
-
-def parse_object(file: str) -> dict[str, Any]:
-    """A JSON file that holds one object.
-
-    Raises:
-        CorpusError: it does not, or is too large to be read whole.
-    """
-    try:
-        content = json.loads(read_whole(file))
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{file}: not valid JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise CorpusError(f"{file}: holds {type(content).__name__}, not an object with `images`")
-    return content
 
 
 def _objects(content: dict[str, Any], key: str, file: str) -> list[dict[str, Any]]:

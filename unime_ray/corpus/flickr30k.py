@@ -17,8 +17,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from unime_ray.corpus.captions import Captioned, CaptionReader, read_whole, stamp
-from unime_ray.corpus.coco import parse_object
+from unime_ray.corpus.captions import Captioned, CaptionReader, read_object, read_whole, stamp
 from unime_ray.errors import CorpusError
 
 PICTURE_COLUMNS = ("image", "image_name", "filename")
@@ -54,7 +53,7 @@ def _load(file: str, _stamp: tuple[int, int]) -> Sequence[Captioned]:
 
 
 def _karpathy(file: str) -> list[Captioned]:
-    images = parse_object(file).get("images")
+    images = read_object(file, "an annotation file holds one, with `images`").get("images")
     if not isinstance(images, list):
         raise CorpusError(f"{file}: no list `images`; expected Karpathy's dataset_flickr30k.json")
     return [_karpathy_entry(image, place) for place, image in enumerate(images, 1)]

@@ -7,7 +7,6 @@ between record batches (1,000 rows unless the writer said otherwise), each of wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ import pyarrow.fs as pafs
 
 from unime_ray.artifacts import filesystem, join
 from unime_ray.config import Columns, Source
-from unime_ray.corpus.captions import read_whole
+from unime_ray.corpus.captions import read_object
 from unime_ray.corpus.files import folder_of, is_remote, open_file
 from unime_ray.corpus.parquet import BATCH_ROWS, row_record, row_values
 from unime_ray.corpus.records import Record, Reject
@@ -88,13 +87,7 @@ def _read_json(uri: str) -> dict[str, Any] | None:
     fs, path = filesystem(uri)
     if fs.get_file_info(path).type != pafs.FileType.File:
         return None
-    try:
-        found = json.loads(read_whole(uri))
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{uri}: not valid JSON: {' '.join(str(error).split())}; save the dataset again") from error
-    if not isinstance(found, dict):
-        raise CorpusError(f"{uri}: holds {type(found).__name__}, not an object; save the dataset again")
-    return found
+    return read_object(uri, "save the dataset again")
 
 
 def _open(file: str) -> pa.NativeFile:
